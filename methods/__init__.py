@@ -1,0 +1,1 @@
+"""The arithmetic of merging: one method a file, one catalogue of them."""

@@ -1,0 +1,142 @@
+"""The five kinds of method and what a catalogue row says of one.
+
+A kind is a shape of function, so that the engine and the tests never ask for a method's name:
+
+    rule      f(base, experts, params, **extras) -> tensor          one tensor at a time
+    informed  the same, with `stats` among the extras               Fisher, RegMean
+    search    f(shape, objective, params, report) -> coefficients     coefficients of another row's rule
+    fold      f(base, params, roles) -> Fold                          one expert after the other
+    build     f(base, experts, params, roles) -> module               a new module out of modules
+
+Extras are handed over when the row asks for them: `numbers` (the row has `prepare`), `draw` (`random`),
+`stats` (`stats`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Draw = Callable[[int], Tensor]  # expert's index -> uniform numbers in [0, 1), shaped like the piece
+
+
+class Kind(Enum):
+    """By what a method needs."""
+
+    rule = "rule"
+    informed = "informed"
+    search = "search"
+    fold = "fold"
+    build = "build"
+
+
+class Base(Enum):
+    """What a method wants with the base model."""
+
+    needed = "needed"
+    optional = "optional"
+    unused = "unused"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor, or a chunk of it, as the engine hands it to a `prepare` pass."""
+
+    name: str
+    base: Tensor | None  # (*shape) float32
+    experts: Tensor  # (T, *shape) float32
+    draw: Draw | None = None
+    stats: Tensor | None = None  # (T, ...) float32
+
+    @property
+    def deltas(self) -> Tensor:
+        """The task vectors, (T, *shape) float32."""
+        assert self.base is not None, "the row says that its method needs no base"
+        return self.experts - self.base
+
+
+# A prepare pass may walk over the pieces as often as it likes: each call starts a fresh walk.
+Pieces = Callable[[], Iterable[Piece]]
+
+
+class Fold(Protocol):
+    """A merge that takes the experts one after the other."""
+
+    def update(self, expert: Mapping[str, Tensor]) -> None:
+        """Merge one more expert's tensors (float32) into the state."""
+        ...
+
+    def result(self) -> dict[str, Tensor]:
+        """The merged tensors (float32) so far."""
+        ...
+
+
+class Roles(Protocol):
+    """What a tensor's name means, as the pool knows it."""
+
+    def is_buffer(self, name: str) -> bool:
+        """Whether the name is a buffer (running statistics, position ids) and no parameter."""
+        ...
+
+    def is_linear(self, name: str) -> bool:
+        """Whether the name is the weight of a linear layer, (out, in)."""
+        ...
+
+    def layer_of(self, name: str) -> int:
+        """Depth: 0 for what comes before the first block, 1 to n for the blocks, n + 1 for what follows."""
+        ...
+
+    def mlps(self) -> tuple[str, ...]:
+        """Module paths of the feed-forward blocks."""
+        ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method as the engine, the tests and the listings know it; the dotted names load on first use."""
+
+    name: str
+    kind: Kind
+    function: str  # "methods.ties:ties"
+    params: str  # "methods.ties:TiesParams"
+    paper: str  # arXiv id, or the source in a few words
+    base: Base = Base.needed
+    n_experts: tuple[int, int | None] = (1, None)  # fewest and most experts
+    ordered: bool = False  # the order of experts matters
+    random: bool = False  # draws random numbers
+    elementwise: bool = True  # a tensor may be cut into chunks of any size
+    prepare: str = ""  # "methods.ties:thresholds": (pieces, params) -> numbers, (T, ...)
+    stats: str = ""  # "fisher" or "gram"
+    members: str = ""  # "methods.expert:members": (params, names) -> names of the experts that are read
+    rule: str = ""  # a search's row whose coefficients it finds
+    loss: str = ""  # what is minimised on the inputs, by a search or by training what a build left trainable
+    data: str = ""  # what must be fed besides weights, for listings
+
+    def load(self) -> Callable[..., Any]:
+        """The method itself."""
+        return resolve(self.function)
+
+    def load_params(self) -> type:
+        """The params dataclass."""
+        return resolve(self.params)
+
+    def needs(self) -> str:
+        """What a user must bring, in a few words."""
+        low, high = self.n_experts
+        count = f"{low} experts" if high == low else f"{low}+ experts" if high is None else f"{low} to {high} experts"
+        if low == 0 or self.n_experts == (1, None):
+            count = "experts" if low else ""
+        parts = ["base" if self.base is Base.needed else "", count]
+        return ", ".join(part for part in [*parts, self.data] if part)
+
+
+def resolve(dotted: str) -> Any:
+    """Load `module:attribute`."""
+    module, _, attribute = dotted.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,36 @@
+"""Task arithmetic: the base plus the scaled sum of the task vectors.
+
+Source: Ilharco et al. 2023, arXiv:2212.04089, section 4.
+Differs: nothing; `weights` gives each task vector its own coefficient, which is what AdaMerging and studies search.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from methods.lazy import torch
+from methods.parameters import finite, per_expert, tunable
+from methods.primitives import add_up
+
+
+@dataclass(frozen=True)
+class TaskArithmeticParams:
+    """Parameters of `task_arithmetic`; also the schema of conf/method/task_arithmetic.yaml."""
+
+    scale: float = tunable(0.3, low=0.0, high=1.5)  # multiplies the sum of the task vectors (lambda in the paper)
+    weights: list[float] | None = None  # one coefficient for each expert, times scale; null for ones
+
+    def __post_init__(self) -> None:
+        finite("scale", self.scale)
+        if self.weights is not None:
+            finite("weights", self.weights)
+
+
+def task_arithmetic(base: torch.Tensor, experts: torch.Tensor, params: TaskArithmeticParams) -> torch.Tensor:
+    """Merge one tensor: base (*shape), experts (T, *shape) -> (*shape), all float32.
+
+    Raises:
+        ValueError: There are not as many weights as experts.
+    """
+    weights = per_expert("weights", params.weights or 1.0, len(experts))
+    return base + params.scale * add_up(experts - base, weights)

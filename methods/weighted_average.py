@@ -1,0 +1,39 @@
+"""Weighted average: the experts' weights summed, each times its own number.
+
+Source: Wortsman et al. 2022, arXiv:2203.05482 (the soup with weights given).
+Differs: nothing; `normalize` divides by the plain sum of the numbers, negative ones included, as other tools do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from methods.lazy import torch
+from methods.parameters import finite, per_expert
+from methods.primitives import add_up
+
+
+@dataclass(frozen=True)
+class WeightedAverageParams:
+    """Parameters of `weighted_average`; also the schema of conf/method/weighted_average.yaml."""
+
+    weights: list[float] | None = None  # one for each expert, in the pool's order; null for equal ones
+    normalize: bool = True  # divide by their sum
+
+    def __post_init__(self) -> None:
+        if self.weights is not None:
+            finite("weights", self.weights)
+            if self.normalize and abs(sum(self.weights)) < 1e-8:
+                raise ValueError(f"weights that are normalised must not sum to zero, got {list(self.weights)}")
+
+
+def weighted_average(base: torch.Tensor | None, experts: torch.Tensor, params: WeightedAverageParams) -> torch.Tensor:
+    """Weighted sum over experts, (T, *shape) -> (*shape), float32.
+
+    Raises:
+        ValueError: There are not as many weights as experts.
+    """
+    n_experts = len(experts)
+    weights = per_expert("weights", params.weights or 1.0 / n_experts, n_experts)
+    merged = add_up(experts, weights)
+    return merged / sum(weights) if params.normalize else merged
