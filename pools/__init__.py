@@ -1,0 +1,1 @@
+"""Checkpoints: opened, understood, run, written."""

@@ -1,0 +1,102 @@
+"""Opens a pool by its family."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from pools.checkpoint import Checkpoint
+from pools.clip import ClipPool
+from pools.headers import CheckpointError
+from pools.locate import Resolve, locate
+from pools.roles import ModuleRoles
+
+FAMILIES = {"clip": ClipPool}
+
+
+class Pool(Protocol):
+    """Models of one family: read lazily, checked from their headers, run, fed and written."""
+
+    base: Checkpoint | None
+    experts: dict[str, Checkpoint]
+    family: str
+
+    @property
+    def roles(self) -> ModuleRoles:
+        """What the tensors' names mean."""
+        ...
+
+    @property
+    def context_fingerprint(self) -> str:
+        """Content hash of all that results depend on besides the merged tensors."""
+        ...
+
+    def faults(self) -> list[str]:
+        """All that headers tell of what cannot be merged or run, a line each."""
+        ...
+
+    def skeleton(self) -> nn.Module:
+        """The module with parameters on the meta device."""
+        ...
+
+    def module(self, tensors: Mapping[str, torch.Tensor] | None = None) -> nn.Module:
+        """A module with the tensors, by default the base's, in float32 memory of its own."""
+        ...
+
+    def feed(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """Rows as the module's keyword inputs."""
+        ...
+
+    def head(self, labels: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
+        """What turns the module's outputs into logits, (K, D)."""
+        ...
+
+    def write(
+        self,
+        directory: Path,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        lineage: Mapping[str, Any],
+        shard_bytes: int = ...,
+    ) -> list[str]:
+        """Write a complete model directory; returns the files' names."""
+        ...
+
+
+def open_pool(
+    family: str,
+    base: str | None,
+    experts: Mapping[str, str],
+    root: str | os.PathLike[str] | None = None,
+    resolve: Resolve | None = None,
+) -> Pool:
+    """Find all members and read their headers.
+
+    Args:
+        family: Of `FAMILIES`.
+        base: A member as `locate` takes it, or None.
+        experts: Name -> member, in the order that counts where order does.
+        root: A directory laid out like the hub, to read instead of it.
+        resolve: Gives the directory of `models:/` and `runs:/` members.
+
+    Raises:
+        CheckpointError: All members that cannot be found or opened, a line each.
+    """
+    if family not in FAMILIES:
+        raise CheckpointError(f"family is one of {', '.join(FAMILIES)}; got {family!r}")
+    members = ({None: base} if base is not None else {}) | dict(experts)
+    found: dict[str | None, tuple[Path, str]] = {}
+    faults: list[str] = []
+    for name, member in members.items():
+        try:
+            found[name] = locate(member, root, resolve), member
+        except CheckpointError as error:
+            faults.append(f"{'base' if name is None else f'expert {name}'}: {error}")
+    if faults:
+        raise CheckpointError("\n".join(faults))
+    base_place = found.pop(None, None)
+    return FAMILIES[family](base_place, {str(name): place for name, place in found.items()})
