@@ -1,0 +1,92 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from harness.merge import merge_state_dicts
+
+# Six entries, density 0.5: three kept by each expert, marked *.
+BASE = torch.ones(6)
+DELTAS = torch.tensor(
+    [
+        [4.0, -1.0, 3.0, 0.5, 2.0, -0.5],  # *, ., *, ., *, .
+        [2.0, -5.0, -4.0, 1.0, 0.5, 6.0],  # ., *, *, ., ., *
+    ]
+)  # fmt: skip
+
+
+def merged(deltas: torch.Tensor = DELTAS, **params) -> list[float]:
+    """The merged change."""
+    experts = {f"e{index}": {"w": BASE + delta} for index, delta in enumerate(deltas)}
+    return (merge_state_dicts({"w": BASE}, experts, "ties", params)["w"] - BASE).tolist()
+
+
+def test_by_hand() -> None:
+    """Trimmed (4, 0, 3, 0, 2, 0) and (0, -5, -4, 0, 0, 6); elected + - - 0 + +; of the third only -4 agrees."""
+    assert merged(density=0.5) == [4.0, -5.0, -4.0, 0.0, 2.0, 6.0]
+    assert merged(density=0.5, scale=0.5) == [2.0, -2.5, -2.0, 0.0, 1.0, 3.0]
+
+
+def test_disjoint_by_hand() -> None:
+    """Nothing trimmed: sums (6, -6, -1, 1.5, 2.5, 5.5)."""
+    assert merged(density=1.0, disjoint="mean") == [3.0, -3.0, -4.0, 0.75, 1.25, 6.0]
+    assert merged(density=1.0, disjoint="sum") == [6.0, -6.0, -4.0, 1.5, 2.5, 6.0]
+    assert merged(density=1.0, disjoint="max") == [4.0, -5.0, -4.0, 1.0, 2.0, 6.0]
+
+
+def test_a_vote_of_zero_merges_nothing() -> None:
+    for disjoint in ("mean", "sum", "max"):
+        assert merged(torch.tensor([[2.0] * 6, [-2.0] * 6]), density=1.0, disjoint=disjoint) == [0.0] * 6
+
+
+def test_scope() -> None:
+    """Over the model the large tensor keeps all; each on its own, both keep half."""
+    base = {"small": torch.zeros(2), "large": torch.zeros(2)}
+    experts = {"a": {"small": torch.tensor([0.1, 0.2]), "large": torch.tensor([10.0, 20.0])}}
+    over_model = merge_state_dicts(base, experts, "ties", {"density": 0.5, "scope": "model"})
+    assert over_model["small"].tolist() == [0.0, 0.0]
+    assert over_model["large"].tolist() == [10.0, 20.0]
+    by_tensor = merge_state_dicts(base, experts, "ties", {"density": 0.5, "scope": "tensor"})
+    torch.testing.assert_close(by_tensor["small"], torch.tensor([0.0, 0.2]))
+    assert by_tensor["large"].tolist() == [0.0, 20.0]
+
+
+def test_each_expert_has_its_own_threshold() -> None:
+    deltas = torch.tensor([[100.0, 200.0, 300.0, 400.0, 500.0, 600.0], [0.0, 0.0, 0.0, 3.0, 2.0, 1.0]])
+    assert merged(deltas, density=0.5, disjoint="sum") == [0.0, 0.0, 0.0, 403.0, 502.0, 601.0]
+
+
+@given(
+    n_entries=st.integers(1, 40), n_experts=st.integers(1, 4), density=st.floats(0.05, 1.0),
+    disjoint=st.sampled_from(["mean", "sum", "max"]), seed=st.integers(0, 1000),
+)  # fmt: skip
+def test_against_numpy(n_entries: int, n_experts: int, density: float, disjoint: str, seed: int) -> None:
+    """Algorithm 1 in float64, on entries without equal magnitudes."""
+    random = np.random.default_rng(seed)
+    deltas = np.stack([random.permutation(n_entries) + 1.0 for _ in range(n_experts)])
+    deltas *= random.choice([-1.0, 1.0], deltas.shape)
+    experts = {f"e{index}": {"w": torch.tensor(delta, dtype=torch.float32)} for index, delta in enumerate(deltas)}
+    params = {"density": density, "disjoint": disjoint}
+    ours = merge_state_dicts({"w": torch.zeros(n_entries)}, experts, "ties", params)["w"]
+
+    kept = max(1, int(density * n_entries + 1e-6))
+    trimmed = np.where(np.abs(deltas) > n_entries - kept, deltas, 0)
+    sign = np.sign(trimmed.sum(0))
+    agree = np.where(np.sign(trimmed) == sign, trimmed, 0)
+    counts = np.maximum((agree != 0).sum(0), 1)
+    expected = {"mean": agree.sum(0) / counts, "sum": agree.sum(0), "max": np.abs(agree).max(0) * sign}[disjoint]
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("density", [0.0, 20.0, -0.2, float("nan")])
+def test_density_is_a_share(density: float) -> None:
+    with pytest.raises(ValueError, match=r"density is a share in \(0, 1\], got .*percentages are not accepted"):
+        merged(density=density)
+
+
+def test_words_are_checked() -> None:
+    with pytest.raises(ValueError, match="scope is one of model, tensor; got 'layer'"):
+        merged(scope="layer")
+    with pytest.raises(ValueError, match="disjoint is one of mean, sum, max; got 'median'"):
+        merged(disjoint="median")

@@ -1,0 +1,184 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from methods.mixtures import Routed
+from methods.we_moe import WeMoeParams, we_moe
+from tests.methods.samples import SampleRoles
+
+
+class Roles(SampleRoles):
+    """One feed-forward block."""
+
+    def mlps(self) -> tuple[str, ...]:
+        return ("block.mlp",)
+
+
+class Block(nn.Module):
+    """Token mixing by a mean, then a feed-forward block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.mlp = nn.Sequential(nn.Linear(4, 6), nn.GELU(), nn.Linear(6, 4))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        tokens = tokens + tokens.mean(1, keepdim=True)
+        return tokens + self.mlp(self.norm(tokens))
+
+
+class Model(nn.Module):
+    """(B, N, 4) -> (B, 3), inputs by keyword as pools feed them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.head = Block(), nn.Linear(4, 3)
+        self.register_buffer("running_mean", torch.zeros(3))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.head(self.block(pixel_values).mean(1)) - self.running_mean
+
+
+INPUTS = torch.randn(5, 7, 4, generator=torch.Generator().manual_seed(3))
+
+
+def models(n_experts: int = 3) -> tuple[Model, list[Model]]:
+    """A base and experts around it."""
+    torch.manual_seed(0)
+    base = Model()
+    experts = [copy.deepcopy(base) for _ in range(n_experts)]
+    with torch.no_grad():
+        for expert in experts:
+            for parameter in expert.parameters():
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return base, experts
+
+
+def built(base: Model, experts: list[Model], **params) -> Model:
+    return we_moe(copy.deepcopy(base), experts, WeMoeParams(**params), Roles())
+
+
+def task_arithmetic(base: Model, experts: list[Model], scale: list[float]) -> Model:
+    merged = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, parameter in merged.named_parameters():
+            start = base.get_parameter(name)
+            parameter.add_(sum(s * (e.get_parameter(name) - start) for s, e in zip(scale, experts, strict=True)))
+    return merged
+
+
+def fix_gates(block: Routed, gates: list[float]) -> None:
+    """A router that answers the same for every input."""
+    last = block.router if isinstance(block.router, nn.Linear) else block.router[-1]
+    nn.init.zeros_(last.weight)
+    with torch.no_grad():
+        last.bias.copy_(torch.tensor(gates))
+
+
+def test_by_hand() -> None:
+    """A feed-forward block of one number: base 1, experts 2 and 4, gates 0.5 and 2 -> 1 + 0.5 * 1 + 2 * 3 = 7.5."""
+    one, *others = [nn.Sequential(nn.Linear(1, 1, bias=False)) for _ in range(3)]
+    for block, weight in zip([one, *others], (1.0, 2.0, 4.0), strict=True):
+        nn.init.constant_(block[0].weight, weight)
+    routed = Routed(one, others, WeMoeParams())
+    fix_gates(routed, [0.5, 2.0])
+    assert routed(torch.full((1, 1, 1), 2.0)).item() == pytest.approx(15.0)
+
+
+@pytest.mark.parametrize("router_layers", [1, 2])
+def test_fresh_routers_give_task_arithmetic(router_layers: int) -> None:
+    base, experts = models()
+    module = built(base, experts, scale=0.4, router_layers=router_layers)
+    expected = task_arithmetic(base, experts, [0.4] * 3)(INPUTS)
+    torch.testing.assert_close(module(INPUTS), expected, atol=2e-2, rtol=1e-2)
+    fix_gates(module.block.mlp, [0.4] * 3)
+    torch.testing.assert_close(module(INPUTS), expected)
+
+
+def test_gates_fixed_on_one_expert_give_its_feed_forward_block() -> None:
+    base, experts = models()
+    module = built(base, experts)
+    fix_gates(module.block.mlp, [0.0, 1.0, 0.0])
+    torch.testing.assert_close(module.block.mlp(INPUTS), experts[1].block.mlp(INPUTS))
+
+
+def test_one_expert_and_gate_one_is_the_expert() -> None:
+    base, experts = models(1)
+    module = built(base, experts, scale=1.0)
+    fix_gates(module.block.mlp, [1.0])
+    torch.testing.assert_close(module(INPUTS), experts[0](INPUTS))
+
+
+def test_copies_of_the_base_are_the_base() -> None:
+    base, _ = models()
+    module = built(base, [copy.deepcopy(base) for _ in range(3)])
+    torch.testing.assert_close(module(INPUTS), base(INPUTS))
+
+
+def test_routing_is_per_example() -> None:
+    base, experts = models()
+    module = built(base, experts)
+    nn.init.normal_(module.block.mlp.router[0].weight)  # gates that differ between inputs
+    nn.init.normal_(module.block.mlp.router[-1].weight)
+    gates = module.block.mlp.gates(INPUTS).detach()
+    assert float((gates[0] - gates[1]).abs().max()) > 0.1
+    whole = module(INPUTS)
+    torch.testing.assert_close(whole[2:3], module(INPUTS[2:3]))
+    torch.testing.assert_close(whole.flip(0), module(INPUTS.flip(0)))
+    for row in range(len(INPUTS)):  # each by task arithmetic of the block with its own gates
+        expected = task_arithmetic(base, experts, gates[row].tolist()).block.mlp(INPUTS[row : row + 1])
+        torch.testing.assert_close(module.block.mlp(INPUTS)[row : row + 1], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_only_routers_are_trainable() -> None:
+    base, experts = models()
+    module = built(base, experts)
+    trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+    assert trainable
+    assert all(name.startswith("block.mlp.router.") for name in trainable)
+    module(INPUTS).square().sum().backward()
+    assert any(float(module.get_parameter(name).grad.abs().max()) > 0 for name in trainable)
+
+
+def test_training_the_routers_lowers_a_loss() -> None:
+    base, experts = models()
+    module = built(base, experts)
+    target = experts[0].block.mlp(INPUTS).detach()
+    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = (module.block.mlp(INPUTS) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+
+
+def test_experts_are_untouched_and_floating_buffers_averaged() -> None:
+    base, experts = models(2)
+    for value, expert in zip((1.0, 4.0), experts, strict=True):
+        expert.running_mean.fill_(value)
+    before = [copy.deepcopy(expert.state_dict()) for expert in experts]
+    module = built(base, experts)
+    assert module.running_mean.tolist() == [2.5] * 3
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.zero_()
+    for expert, state in zip(experts, before, strict=True):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in expert.state_dict().items())
+
+
+def test_an_architecture_without_feed_forward_blocks_is_refused() -> None:
+    base, experts = models()
+    with pytest.raises(ValueError, match="this architecture has none that the pool can name"):
+        we_moe(base, experts, WeMoeParams(), SampleRoles())
+
+
+def test_params_are_checked() -> None:
+    with pytest.raises(ValueError, match="router_layers is 1 or 2, got 3"):
+        WeMoeParams(router_layers=3)
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        WeMoeParams(steps=0)
