@@ -1,0 +1,1 @@
+"""Data sets with their splits, labels and templates."""
