@@ -87,7 +87,8 @@ class Task:
         Args:
             name: What metrics are logged under.
             path: A directory (`train.parquet` and so on, or the hub's layout), or a hub id `org/name[@revision]`.
-            splits: train, validation, test -> the split as `datasets` spells it, such as `train[90%:]`.
+            splits: train, validation, test -> the split as `datasets` spells it, such as `train[90%:]`, which is
+                a tenth of the rows in a seeded random order.
             labels: Class names; by default the label column's own.
             templates: Prompts with one `{}` each.
             image: The column of images.
@@ -154,10 +155,18 @@ class Task:
         return builder
 
     def _open(self, split: str) -> Dataset:
-        """A split, mapped from the cache."""
+        """A split, mapped from the cache; a slice is cut from shuffled rows, as data sets are often sorted by class."""
+        from datasets import ReadInstruction, concatenate_datasets
+
         expression, builder = self.splits[split], self._builder
+        sizes = {name: info.num_examples for name, info in (builder.info.splits or {}).items()}
         try:
-            return builder.as_dataset(split=expression)
+            if "[" not in expression or not builder.as_dataset(split=expression).num_rows:
+                return builder.as_dataset(split=expression)
+            cut = ReadInstruction.from_spec(expression).to_absolute(sizes)
+            parts = [builder.as_dataset(split=part.splitname).shuffle(seed=0) for part in cut]
+            chosen = [rows.select(range(part.from_, part.to)) for rows, part in zip(parts, cut, strict=True)]
+            return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
         except (ValueError, KeyError, AssertionError) as error:
             known = ", ".join(builder.info.splits or {})
             raise TaskError(

@@ -61,7 +61,7 @@ def tiny_task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def write_tiny_clip(directory: Path, seed: int = 0) -> None:
+def write_tiny_clip(directory: Path, seed: int = 0, longest_prompt: int = 32) -> None:
     """A random CLIP of two layers on images of 16 x 16, with tokenizer and processor."""
     import torch
     from transformers import CLIPConfig, CLIPModel
@@ -71,7 +71,7 @@ def write_tiny_clip(directory: Path, seed: int = 0) -> None:
         text_config=sizes
         | {
             "vocab_size": 514,
-            "max_position_embeddings": 32,
+            "max_position_embeddings": longest_prompt,
             "bos_token_id": 512,
             "eos_token_id": 513,
             "pad_token_id": 513,
