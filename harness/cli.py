@@ -1,0 +1,261 @@
+"""The command line: `crucible run method=ties method.density=0.3`.
+
+Everything heavy is imported by what needs it, so that help, listings and configuration errors answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from harness.config import ROOT, UserError
+from harness.listing import choices_of, methods, print_table
+
+if TYPE_CHECKING:
+    from harness.config import RunConfig
+    from harness.run import Outcome
+
+OVERRIDES = """\
+Overrides are key=value; `crucible show` prints every key. MLflow's spelling, --key value, means the same.
+  method=ties            a choice: a file of conf/method (likewise pool, tasks, experiment, debug)
+  method.density=0.3     a value; lists are [a,b], nothing is null
+  +pool.experts.x=PATH   a further entry of a mapping; ~pool.experts.x removes one
+  experts=[a,b]          these of the pool's experts only, in this order
+  pool=my/pool.yaml      a file of your own (likewise tasks, experiment)
+"""
+
+TOP = """\
+examples:
+  crucible run                                    merge and evaluate with the defaults
+  crucible run method=ties method.density=0.3
+  crucible evaluate expert=digits                 score one expert without merging
+  crucible list methods
+  crucible show method=dare
+  crucible COMMAND --help
+"""
+
+RUN = """\
+examples:
+  crucible run method=ties method.density=0.3
+  crucible run method=slerp experts=[digits,letters]
+  crucible run pool=clip_vit_b32_ta8 tasks=clip_ta8 fabric.devices=2
+  crucible run debug=batch                        one small batch on the CPU
+  crucible run --from-run 3f2a... seed=1          repeat an earlier run, with another seed
+"""
+
+EVALUATE = """\
+examples:
+  crucible evaluate                               the base
+  crucible evaluate expert=digits                 one expert (method=expert method.expert=digits)
+  crucible evaluate model=path/to/model           a model in the pool's format: directory, models:/ or runs:/ URI
+  crucible evaluate pool=clip_vit_b32_ta8 tasks=clip_ta8 expert=svhn
+"""
+
+LIST = """\
+examples:
+  crucible list methods
+  crucible list pools
+  crucible list tasks --config-dir my/conf
+"""
+
+SHOW = """\
+examples:
+  crucible show
+  crucible show method=ties method.density=0.3
+  crucible show --from-run 3f2a...
+"""
+
+BUILD = """\
+examples:
+  crucible build-suite                            rebuild the embedded base, experts and data in place
+  crucible build-suite --output DIR --seed 1      build them somewhere else
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0, or 2 for what the user can put right."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads spin while they wait, and starve each other
+    parser = _parser()
+    given = parser.parse_args(_spelled(list(sys.argv[1:] if arguments is None else arguments)))
+    try:
+        given.command(given)
+    except UserError as error:
+        print(f"crucible: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of a listing went away
+        sys.stderr.close()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    parser = argparse.ArgumentParser(
+        prog="crucible",
+        description="Merge trained networks into one and score the result; every run is an MLflow run.",
+        epilog=TOP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, command, about: str, epilog: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name,
+            help=about,
+            description=about[0].upper() + about[1:] + ".",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        sub.set_defaults(command=command)
+        return sub
+
+    for name, command, about, examples in (
+        ("run", _run, "merge a pool's experts and score the result on every task", RUN),
+        ("evaluate", _evaluate, "score one model or one expert without merging", EVALUATE),
+        ("show", _show, "print the resolved configuration, with the range each parameter is searched in", SHOW),
+    ):
+        sub = add(name, command, about, f"{OVERRIDES}\n{examples}")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
+        sub.add_argument("--from-run", metavar="ID", help="start from the configuration of an earlier MLflow run")
+        sub.add_argument(
+            "--config-dir", type=Path, metavar="DIR", help="a directory like conf/ with choices of your own"
+        )
+    sub = add("list", _list, "list what there is to choose from", LIST)
+    sub.add_argument("what", choices=("methods", "pools", "tasks"))
+    sub.add_argument("--config-dir", type=Path, metavar="DIR", help="a directory like conf/ with choices of your own")
+    sub = add("build-suite", _build_suite, "train the embedded suite again: base, experts and data", BUILD)
+    sub.add_argument("--output", type=Path, metavar="DIR", help="write DIR/pool and DIR/tasks (default: in place)")
+    sub.add_argument("--seed", type=int, default=0, help="every random number follows from it (default: 0)")
+    return parser
+
+
+def _spelled(arguments: list[str]) -> list[str]:
+    """MLflow's `--key value` and `--key=value` as `key=value`, options ahead of overrides.
+
+    >>> _spelled(["run", "method=ties", "--method.density", "0.3", "--seed=1", "--from-run", "ab"])
+    ['run', '--from-run', 'ab', 'method=ties', 'method.density=0.3', 'seed=1']
+    """
+    if not arguments or arguments[0] not in ("run", "evaluate", "show"):
+        return arguments
+    options, overrides = arguments[:1], list[str]()
+    rest = iter(arguments[1:])
+    for argument in rest:
+        key, equals, value = argument.removeprefix("--").partition("=")
+        if argument in ("-h", "--help") or not argument.startswith("-"):
+            (options if argument.startswith("-") else overrides).append(argument)
+        elif key in ("from-run", "config-dir"):
+            options += [argument] if equals else [argument, *_next(rest)]
+        elif argument.startswith("--") and key:
+            overrides.append(f"{key}={value}" if equals else "=".join([key, *_next(rest)]))
+        else:
+            options.append(argument)
+    return [*options, *overrides]
+
+
+def _next(rest) -> list[str]:
+    value = next(rest, None)
+    return [] if value is None else [value]
+
+
+def _composed(given: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
+    from harness.compose import compose, from_yaml
+
+    if given.from_run is None:
+        return compose(overrides, config_dir=given.config_dir)
+    from harness.track import config_of
+
+    return from_yaml(config_of(given.from_run), overrides, config_dir=given.config_dir)
+
+
+def _run(given: argparse.Namespace) -> None:
+    config = _composed(given, given.overrides)
+    if config.model is not None:
+        raise UserError(f"model={config.model}: a written model is scored with `crucible evaluate`, `run` would merge")
+    from harness.run import run
+
+    _tell(run(config))
+
+
+def _evaluate(given: argparse.Namespace) -> None:
+    config = _composed(given, _evaluated(given.overrides, fresh=given.from_run is None))
+    if config.method_name not in ("base", "expert"):
+        raise UserError(
+            f"method={config.method_name}: `crucible evaluate` merges nothing; merge with `crucible run`,"
+            " or name what to score with expert=NAME or model=PATH"
+        )
+    from harness.run import run, score_model
+
+    _tell(score_model(config) if config.model is not None else run(config))
+
+
+def _tell(outcome: Outcome) -> None:
+    """What a run came to, for the terminal; rank zero alone has a run to tell of."""
+    if outcome.run_id is None:
+        return
+    from harness import report
+
+    print_table(*report.summary(outcome.scores, outcome.references.experts, outcome.references.base))
+    print(f"run {outcome.run_id}" + (f", model {outcome.model_uri}" if outcome.model_uri else ""))
+    print("look at it with `mlflow ui`, repeat it with `crucible run --from-run " + outcome.run_id + "`")
+
+
+def _evaluated(overrides: Sequence[str], fresh: bool) -> list[str]:
+    """The overrides of `evaluate`: the base unless they say otherwise, `expert=NAME` spelled out, no model logged."""
+    experts = [text for text in overrides if text.startswith("expert=")]
+    rest = [text for text in overrides if not text.startswith("expert=")]
+    if experts:
+        name = experts[-1].partition("=")[2]
+        if any(text.startswith("model=") for text in rest):
+            raise UserError("expert and model both say what to score; give one of them")
+        return ["tracking.log_model=false", *rest, "method=expert", f"method.expert={name}"]
+    model = any(text.startswith("model=") for text in rest)
+    chosen = any(text.startswith("method=") for text in rest)
+    chosen = chosen or not fresh
+    return ["tracking.log_model=false", *rest, *(["method=base"] if model or not chosen else [])]
+
+
+def _show(given: argparse.Namespace) -> None:
+    from harness.compose import to_yaml
+
+    config = _composed(given, given.overrides)
+    ranges = _ranges(config.method)
+    section = ""
+    for line in to_yaml(config).splitlines():
+        if not line.startswith((" ", "-")):
+            section = line.partition(":")[0]
+        name = line.strip().partition(":")[0]
+        known = ranges.get(name) if section == "method" and line.startswith("  ") and line[2:3].isalpha() else None
+        print(f"{line}  # {known}" if known else line)
+
+
+def _ranges(params: object) -> dict[str, str]:
+    """What to say of each parameter's search range."""
+    import dataclasses
+
+    said = {}
+    for field in dataclasses.fields(params):  # type: ignore[arg-type]
+        span = field.metadata.get("range")
+        if span is not None and span.choices:
+            said[field.name] = "searched among " + ", ".join(map(str, span.choices))
+        elif span is not None:
+            how = (", logarithmic" if span.log else "") + (f", step {span.step}" if span.step else "")
+            said[field.name] = f"searched in [{span.low}, {span.high}]{how}"
+    return said
+
+
+def _list(given: argparse.Namespace) -> None:
+    print_table(*(methods() if given.what == "methods" else choices_of(given.what, given.config_dir)))
+
+
+def _build_suite(given: argparse.Namespace) -> None:
+    from harness.suite import build_suite
+
+    pool, tasks = ROOT / "pools" / "mini_clip8", ROOT / "tasks" / "mini_clip8"
+    if given.output is not None:
+        pool, tasks = given.output / "pool", given.output / "tasks"
+    print(json.dumps(build_suite(pool, tasks, seed=given.seed), indent=2))

@@ -1,0 +1,235 @@
+"""The configuration as plain dataclasses: what every key is, and which values are refused.
+
+The values stand in conf/; only `harness/compose.py` brings the two together.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from methods.parameters import at_least, one_of
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SPLITS = ("train", "validation", "test")
+FAMILIES = ("clip",)
+METRICS = ("accuracy",)
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")  # of lightning.Fabric: weights stay float32, as merging wants them
+
+
+class UserError(Exception):
+    """What the user can put right: the command line shows the message alone and ends with status 2."""
+
+
+class ConfigError(UserError):
+    """Everything that is wrong with a configuration, gathered."""
+
+    def __init__(self, faults: Iterable[str]) -> None:
+        self.faults = tuple(dict.fromkeys(faults))
+        count = "1 fault" if len(self.faults) == 1 else f"{len(self.faults)} faults"
+        super().__init__("\n".join([f"{count} in the configuration, nothing was started:", *map(_bullet, self.faults)]))
+
+
+def _bullet(fault: str) -> str:
+    return "  - " + fault.strip().replace("\n", "\n    ")
+
+
+def closest(name: str, known: Iterable[str], spelled: Mapping[str, str] | None = None) -> str:
+    """A hint for a name that is not known: the closest one, or all of them.
+
+    Args:
+        name: What was given.
+        known: What there is.
+        spelled: How to write a known name in full, where that differs.
+
+    >>> closest("tise", ["ties", "dare"])
+    'did you mean ties?'
+    >>> closest("xyz", ["ties", "dare"])
+    'known are ties, dare'
+    """
+    known = list(known)
+    matches = difflib.get_close_matches(name, known, n=1)
+    written = [spelled[match] if spelled else match for match in matches or known]
+    if matches:
+        return f"did you mean {written[0]}?"
+    return f"known are {', '.join(written)}" if known else "there is none"
+
+
+def _hold(*checks: tuple[Callable[..., None], *tuple[Any, ...]]) -> None:
+    """Run every check, a function and its arguments, and raise what they refuse together."""
+    refused = []
+    for check, *arguments in checks:
+        try:
+            check(*arguments)
+        except ValueError as error:
+            refused.append(str(error))
+    if refused:
+        raise ValueError("\n".join(refused))
+
+
+@dataclass(frozen=True)
+class PoolSettings:
+    """Where the base and the experts are.
+
+    A member is a hub id (`org/name`, `org/name@revision`), a local path, `models:/...` or `runs:/...`.
+    """
+
+    family: str
+    base: str | None = None
+    experts: dict[str, str] = field(default_factory=dict)
+    root: str | None = None  # with it, a hub id or a relative path is looked up as root/<id> and nowhere else
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("family", self.family, FAMILIES)
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """One data set with its splits, class names and prompt templates."""
+
+    path: str
+    splits: dict[str, str]  # of train, validation, test -> the split as `datasets` spells it
+    image: str = "image"  # column
+    label: str = "label"  # column
+    labels: list[str] | None = None  # class names in prompts; None: the data set's own
+    templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])
+    subset: str | None = None  # the data set's configuration, where it has several
+    metric: str = "accuracy"
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        _hold(
+            *((one_of, "splits", name, SPLITS) for name in self.splits),
+            (_filled, "templates", self.templates),
+            *((_one_place, "templates", template) for template in self.templates),
+            (one_of, "metric", self.metric, METRICS),
+            (at_least, "version", self.version, 1),
+        )
+
+
+@dataclass(frozen=True)
+class TasksSettings:
+    """What a model is scored on."""
+
+    tasks: dict[str, TaskSettings] = field(default_factory=dict)
+    root: str | None = None  # with it, a task's path is looked up as root/<path> and nowhere else
+
+    def __post_init__(self) -> None:
+        _filled("tasks", self.tasks)
+
+
+@dataclass(frozen=True)
+class FabricSettings:
+    """Devices and precision, in lightning.Fabric's own words."""
+
+    accelerator: str
+    devices: Any  # a number, or "auto" for all there are
+    precision: str
+
+    def __post_init__(self) -> None:
+        _hold(
+            (one_of, "accelerator", self.accelerator, ACCELERATORS),
+            (_count_or_auto, "devices", self.devices),
+            (one_of, "precision", self.precision, PRECISIONS),
+        )
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How the merged model is scored."""
+
+    split: str
+    batch_size: int
+    limit: int | None  # rows of each task; None: all
+    references: bool  # compare with the base and with each task's own expert
+    plots: bool
+
+    def __post_init__(self) -> None:
+        _hold(
+            (one_of, "split", self.split, SPLITS),
+            (at_least, "batch_size", self.batch_size, 1),
+            (at_least, "limit", 1 if self.limit is None else self.limit, 1),
+        )
+
+
+@dataclass(frozen=True)
+class AdaptationSettings:
+    """What methods that look at data are fed."""
+
+    split: str
+    examples: int  # of each task
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        _hold(
+            (one_of, "split", self.split, SPLITS),
+            (at_least, "examples", self.examples, 1),
+            (at_least, "batch_size", self.batch_size, 1),
+        )
+
+
+@dataclass(frozen=True)
+class TrackingSettings:
+    """What is written down of a run."""
+
+    experiment: str
+    run_name: str | None  # None: a name that says what the run is
+    log_model: bool
+    tags: dict[str, str]
+
+    def __post_init__(self) -> None:
+        _filled("experiment", self.experiment.strip())
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything a run is told; the values stand in conf/."""
+
+    method_name: str
+    pool_name: str
+    tasks_name: str
+    method: Any  # the params dataclass of the method
+    pool: PoolSettings
+    tasks: TasksSettings
+    seed: int
+    fabric: FabricSettings
+    evaluation: EvaluationSettings
+    adaptation: AdaptationSettings
+    tracking: TrackingSettings
+    experts: list[str] | None  # the pool's experts to use, in this order; None: all (already applied to `pool`)
+    model: str | None  # for `evaluate`: a written model to score instead of the method's
+    output: str | None  # also write the merged model to this directory
+
+    def __post_init__(self) -> None:
+        _hold((_seed, "seed", self.seed), (_distinct, "experts", self.experts or []))
+
+
+def _filled(name: str, value: Any) -> None:
+    if not value:
+        raise ValueError(f"{name} must not be empty")
+
+
+def _one_place(name: str, template: str) -> None:
+    if template.count("{}") != 1:
+        raise ValueError(f"{name} have one {{}} each, where the class name goes, got {template!r}")
+
+
+def _count_or_auto(name: str, value: Any) -> None:
+    if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"{name} is a whole number, at least 1, or auto, got {value!r}")
+
+
+def _seed(name: str, value: int) -> None:
+    if not 0 <= value < 2**32:
+        raise ValueError(f"{name} must be from 0 to {2**32 - 1}, got {value}")
+
+
+def _distinct(name: str, values: list[str]) -> None:
+    if len(set(values)) != len(values):
+        raise ValueError(f"{name} must name each expert once, got {', '.join(values)}")

@@ -1,0 +1,209 @@
+"""Figures of a run's results, from plain numbers; matplotlib's object interface, no global state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.projections.polar import PolarAxes
+
+# Okabe and Ito's colours, told apart with any colour vision; black on white in print, too.
+MERGED, EXPERT, BASE = "#0072B2", "#E69F00", "#999999"
+INK, GRID = "#222222", "#DDDDDD"
+_SERIES = (("base", "base", BASE), ("accuracy", "merged", MERGED), ("expert", "own expert", EXPERT))
+MOST_ANNOTATED = 10  # tasks up to which a bar has room for its number
+MOST_CELLS = 220  # cells up to which a heat map has room for its numbers
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    cast(ConstrainedLayoutEngine, figure.get_layout_engine()).set(w_pad=0.12, h_pad=0.08)  # inches
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _axes(figure: Figure, **how: Any) -> Axes:
+    axes = figure.add_subplot(**how)
+    axes.tick_params(colors=INK, labelsize=10)
+    for side in ("top", "right"):
+        if side in axes.spines:
+            axes.spines[side].set_visible(False)
+    return axes
+
+
+def _known(results: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """The series of which there are numbers: (key, label, colour)."""
+    return [each for each in _SERIES if any(row.get(each[0]) is not None for row in results)]
+
+
+def _percents(results: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    return [math.nan if row.get(key) is None else 100 * row[key] for row in results]
+
+
+def bars(results: Sequence[Mapping[str, Any]]) -> Figure:
+    """Accuracy of each task: merged beside the base and the task's own expert.
+
+    Args:
+        results: Rows with `task`, `accuracy` and, where known, `expert` and `base`, shares in [0, 1].
+    """
+    series = _known(results)
+    n = len(results)
+    figure = _figure(min(max(7.0, 1.6 + 1.05 * n), 16.0), 5.0)
+    axes = _axes(figure)
+    width = 0.84 / len(series)
+    for index, (key, label, colour) in enumerate(series):
+        heights = _percents(results, key)
+        places = [place + (index - (len(series) - 1) / 2) * width for place in range(n)]
+        drawn = axes.bar(places, heights, width * 0.94, label=label, color=colour, zorder=2)
+        if n <= MOST_ANNOTATED:
+            axes.bar_label(drawn, fmt="%.0f", fontsize=8, color=INK, padding=2)
+    mean = sum(_percents(results, "accuracy")) / n
+    axes.axhline(mean, color=MERGED, linewidth=1.2, linestyle="--", zorder=1, label=f"merged, average {mean:.1f} %")
+    _task_labels(axes, [str(row["task"]) for row in results])
+    axes.set(ylabel="accuracy in %", ylim=(0, 108), xlim=(-0.6, n - 0.4), yticks=range(0, 101, 20))
+    axes.grid(axis="y", color=GRID, zorder=0)
+    handles, labels = axes.get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda index: "average" in labels[index])  # the line last
+    chosen = [handles[index] for index in order], [labels[index] for index in order]
+    figure.legend(*chosen, loc="outside upper center", ncols=len(order), frameon=False, fontsize=10)
+    return figure
+
+
+def _task_labels(axes: Axes, names: Sequence[str]) -> None:
+    """Names under an axis, turned when they would touch."""
+    longest = max(map(len, names))
+    turned = longest > 11 or (longest > 3 and len(names) > 12)
+    axes.set_xticks(range(len(names)), names, rotation=40 if turned else 0, ha="right" if turned else "center")
+    if turned:
+        for label in axes.get_xticklabels():
+            label.set_rotation_mode("anchor")
+
+
+def radar(results: Sequence[Mapping[str, Any]]) -> Figure:
+    """The same numbers as closed lines, one spoke for each task; with fewer than three tasks, bars."""
+    if len(results) < 3:
+        return bars(results)
+    size = 7.0 if len(results) <= MOST_ANNOTATED else 8.6
+    figure = _figure(size, 0.94 * size)
+    axes = cast(PolarAxes, _axes(figure, projection="polar"))
+    angles = [2 * math.pi * index / len(results) for index in range(len(results))]
+    styles = {"base": ":", "expert": "--", "accuracy": "-"}
+    for key, label, colour in _known(results):
+        values = _percents(results, key)
+        axes.plot([*angles, angles[0]], [*values, values[0]], styles[key], color=colour, label=label, linewidth=2.2)
+        if key == "accuracy":
+            axes.fill(angles, values, color=colour, alpha=0.15)
+    axes.set(theta_offset=math.pi / 2, theta_direction=-1, ylim=(0, 100), yticks=range(20, 101, 20))
+    axes.set_yticklabels([f"{share} %" for share in range(20, 101, 20)], fontsize=8, color="#666666")
+    axes.set_rlabel_position(180 / len(results))
+    axes.set_xticks(angles, [str(row["task"]) for row in results])
+    for text, angle in zip(axes.get_xticklabels(), angles, strict=True):
+        across = math.sin(angle)
+        text.set_horizontalalignment("center" if abs(across) < 0.15 else "left" if across > 0 else "right")
+    axes.tick_params(axis="x", pad=4)
+    axes.grid(color=GRID)
+    axes.spines["polar"].set_color(GRID)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=10)
+    return figure
+
+
+def coefficients(values: Mapping[str, Iterable[float]], experts: Sequence[str]) -> Figure:
+    """Merging coefficients, layers across and experts down.
+
+    Args:
+        values: Layer (or another group of tensors) -> one coefficient for each expert.
+        experts: Names of the experts, in the order of the coefficients.
+    """
+    table = [[float(value) for value in row] for row in values.values()]
+    columns = [[row[index] for row in table] for index in range(len(experts))]
+    flat = [value for row in table for value in row]
+    norm: Normalize = Normalize(min(0.0, *flat), max([*flat, 1e-12]))
+    colours = "viridis"
+    if min(flat) < 0:
+        most = max(map(abs, flat))
+        norm, colours = TwoSlopeNorm(0, -most, most), "RdBu_r"
+    return _heat_map(columns, list(values), experts, norm, colours, "merging coefficient", "layer", None)
+
+
+def similarity(cosines: Sequence[Sequence[float]], experts: Sequence[str]) -> Figure:
+    """Cosine similarity of the task vectors, (T, T): what lies near 0 interferes little."""
+    others = [abs(value) for i, row in enumerate(cosines) for j, value in enumerate(row) if i != j]
+    most = max(others, default=1.0) or 1.0
+    table = [[math.nan if i == j else float(value) for j, value in enumerate(row)] for i, row in enumerate(cosines)]
+    norm = TwoSlopeNorm(0, -most, most)
+    return _heat_map(table, experts, experts, norm, "RdBu_r", "cosine similarity of task vectors", None, 1.0)
+
+
+def _heat_map(
+    table: Sequence[Sequence[float]],
+    columns: Sequence[str],
+    rows: Sequence[str],
+    norm: Normalize,
+    colours: str,
+    meaning: str,
+    across: str | None,
+    aspect: float | None,
+) -> Figure:
+    figure = _figure(max(6.5, 2.6 + 0.58 * len(columns)), max(3.2, 1.8 + 0.46 * len(rows)))
+    axes = _axes(figure)
+    shades = colormaps[colours].with_extremes(bad="#F0F0F0")
+    image = axes.imshow(table, norm=norm, cmap=shades, aspect=aspect or "auto")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_yticks(range(len(rows)), rows)
+    _task_labels(axes, [str(column) for column in columns])
+    axes.tick_params(length=0)
+    if across:
+        axes.set_xlabel(across)
+    if len(rows) * len(columns) <= MOST_CELLS:
+        _annotate(axes, table, image)
+    figure.colorbar(image, ax=axes, label=meaning, fraction=0.04, pad=0.02).outline.set_visible(False)  # pyright: ignore
+    return figure
+
+
+def _annotate(axes: Axes, table: Sequence[Sequence[float]], image: Any) -> None:
+    """Each cell's number, dark on light and light on dark."""
+    for y, row in enumerate(table):
+        for x, value in enumerate(row):
+            if math.isnan(value):
+                continue
+            red, green, blue, _ = image.cmap(image.norm(value))
+            light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+            axes.text(
+                x,
+                y,
+                f"{value:.2f}".replace("-0.00", "0.00"),
+                ha="center",
+                va="center",
+                fontsize=8,
+                color=INK if light else "white",
+            )
+
+
+def learning_curve(losses: Sequence[float], smooth: int = 0) -> Figure:
+    """The loss of an adaptation by step, and its running mean.
+
+    Args:
+        losses: One for each step.
+        smooth: Steps of the running mean; 0 chooses a twentieth of all steps.
+    """
+    figure = _figure(7.5, 4.2)
+    axes = _axes(figure)
+    steps = range(1, len(losses) + 1)
+    window = smooth or max(1, len(losses) // 20)
+    axes.plot(steps, losses, color=MERGED, alpha=0.35 if window > 1 else 1.0, linewidth=1.4, label="each step")
+    if window > 1:
+        means = [sum(losses[max(0, end - window) : end]) / min(end, window) for end in steps]
+        axes.plot(steps, means, color=MERGED, linewidth=2.2, label=f"mean of {window} steps")
+        axes.legend(frameon=False, fontsize=10)
+    axes.set(xlabel="step", ylabel="loss in nats")
+    axes.grid(color=GRID)
+    axes.set_axisbelow(True)
+    return figure

@@ -1,0 +1,44 @@
+"""Models that were written, as modules again: a checkpoint of a pool's family, or what a build made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from methods.catalogue import find
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pools.open import Pool
+
+
+def recipe(method: str, params: Any, experts: list[str]) -> dict[str, Any]:
+    """What `rebuild` needs to know of a built module."""
+    return {"method": method, "params": asdict(params), "experts": experts}
+
+
+def rebuild(recipe: Mapping[str, Any], pool: Pool) -> nn.Module:
+    """The structure of a build, from skeletons without weights.
+
+    Args:
+        recipe: `method`, its `params` as a dict, and the names of the `experts`.
+        pool: A pool with the base.
+    """
+    row = find(recipe["method"])
+    params = row.load_params()(**recipe["params"])
+    return row.load()(pool.skeleton(), [pool.skeleton() for _ in recipe["experts"]], params, pool.roles)
+
+
+def open_directory(directory: Path, family: str = "clip") -> tuple[nn.Module, Pool]:
+    """The module of a model directory, merged or built, and the pool that feeds it and makes its heads."""
+    from pools.open import open_pool
+    from pools.wrapped import is_wrapped, load_wrapped
+
+    if is_wrapped(directory):
+        wrapped = load_wrapped(directory, rebuild)
+        return wrapped.module, wrapped.pool
+    pool = open_pool(family, str(directory.absolute()), {})
+    return pool.module(), pool

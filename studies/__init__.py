@@ -1,0 +1,1 @@
+"""Searches over the parameters of a merge, for the best score on the validation split."""
