@@ -78,7 +78,7 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0, or 2 for what the user can put right."""
+    """Run one command; returns the exit status: 0; 2 for what the user can put right; 130 or 143 when stopped."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads spin while they wait, and starve each other
     parser = _parser()
     given = parser.parse_args(_spelled(list(sys.argv[1:] if arguments is None else arguments)))
@@ -87,6 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"crucible: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stop:  # Ctrl-C, or SIGTERM as harness.track raises it
+        print(f"crucible: stopped{f': {stop}' if str(stop) else ''}", file=sys.stderr)
+        return 143 if str(stop) else 130
     except BrokenPipeError:  # the reader of a listing went away
         sys.stderr.close()
     return 0

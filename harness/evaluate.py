@@ -10,7 +10,6 @@ from lightning.fabric import Fabric
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.aggregation import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from harness.examples import Examples
 from harness.execute import own_share
@@ -53,13 +52,12 @@ def score(
 ) -> TaskScore:
     """Score a module on one task."""
     head = examples.head.to(fabric.device)
-    accuracy = MulticlassAccuracy(num_classes=len(head), average="micro").to(fabric.device)
-    loss = MeanMetric().to(fabric.device)
+    accuracy, loss = (MeanMetric().set_dtype(torch.float64).to(fabric.device) for _ in range(2))
     for inputs, labels in examples.batches(own_share(fabric, len(examples)), batch_size):
         labels = labels.to(fabric.device)
         with fabric.autocast():
             logits = module(**{key: tensor.to(fabric.device) for key, tensor in inputs.items()}) @ head.T
-        accuracy.update(logits.float(), labels)
+        accuracy.update(logits.argmax(1) == labels)
         loss.update(cross_entropy(logits.float(), labels, reduction="none"))
         tick(len(labels))
     return TaskScore(task, float(accuracy.compute()), float(loss.compute()), len(examples))

@@ -79,7 +79,7 @@ def bars(results: Sequence[Mapping[str, Any]]) -> Figure:
 def _task_labels(axes: Axes, names: Sequence[str]) -> None:
     """Names under an axis, turned when they would touch."""
     longest = max(map(len, names))
-    turned = longest > 11 or (longest > 3 and len(names) > 12)
+    turned = longest > 9 or (longest > 3 and len(names) > 12)
     axes.set_xticks(range(len(names)), names, rotation=40 if turned else 0, ha="right" if turned else "center")
     if turned:
         for label in axes.get_xticklabels():
@@ -115,21 +115,28 @@ def radar(results: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def coefficients(values: Mapping[str, Iterable[float]], experts: Sequence[str]) -> Figure:
-    """Merging coefficients, layers across and experts down.
+    """Merging coefficients, experts across and layers (or tensors) down, first to last.
 
     Args:
         values: Layer (or another group of tensors) -> one coefficient for each expert.
         experts: Names of the experts, in the order of the coefficients.
     """
     table = [[float(value) for value in row] for row in values.values()]
-    columns = [[row[index] for row in table] for index in range(len(experts))]
     flat = [value for row in table for value in row]
     norm: Normalize = Normalize(min(0.0, *flat), max([*flat, 1e-12]))
     colours = "viridis"
     if min(flat) < 0:
         most = max(map(abs, flat))
         norm, colours = TwoSlopeNorm(0, -most, most), "RdBu_r"
-    return _heat_map(columns, list(values), experts, norm, colours, "merging coefficient", "layer", None)
+    return _heat_map(table, experts, _shorn(list(values)), norm, colours, "merging coefficient", None, None)
+
+
+def _shorn(names: list[str]) -> list[str]:
+    """Dotted names without the parts that all begin with."""
+    parts = [name.split(".") for name in names]
+    same = [len(set(column)) == 1 for column in zip(*parts, strict=False)]
+    shared = same.index(False) if False in same else 0
+    return [".".join(part[min(shared, len(part) - 1) :]) for part in parts]
 
 
 def similarity(cosines: Sequence[Sequence[float]], experts: Sequence[str]) -> Figure:
@@ -151,8 +158,11 @@ def _heat_map(
     across: str | None,
     aspect: float | None,
 ) -> Figure:
-    figure = _figure(max(6.5, 2.6 + 0.58 * len(columns)), max(3.2, 1.8 + 0.46 * len(rows)))
+    tall = 0.46 if len(rows) <= 20 else 0.2
+    figure = _figure(max(6.5, 2.6 + 0.75 * len(columns)), max(3.2, 1.8 + tall * len(rows)))
     axes = _axes(figure)
+    if len(rows) > 20:
+        axes.tick_params(axis="y", labelsize=7)
     shades = colormaps[colours].with_extremes(bad="#F0F0F0")
     image = axes.imshow(table, norm=norm, cmap=shades, aspect=aspect or "auto")
     for spine in axes.spines.values():
@@ -164,7 +174,7 @@ def _heat_map(
         axes.set_xlabel(across)
     if len(rows) * len(columns) <= MOST_CELLS:
         _annotate(axes, table, image)
-    figure.colorbar(image, ax=axes, label=meaning, fraction=0.04, pad=0.02).outline.set_visible(False)  # pyright: ignore
+    figure.colorbar(image, ax=axes, label=meaning, fraction=0.04, pad=0.02).outline.set_visible(False)
     return figure
 
 

@@ -197,7 +197,8 @@ class Task:
         Raises:
             TaskError: Some are not.
         """
-        found = dataset.unique(self._label)
+        with _quiet(True):
+            found = dataset.unique(self._label)
         strange = [label for label in found if not isinstance(label, int) or not 0 <= label < len(self.labels)]
         if strange:
             raise TaskError(

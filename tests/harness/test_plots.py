@@ -79,8 +79,15 @@ def test_coefficients_by_layer_and_expert(low):
     figure = plots.coefficients(values, NAMES[:3])
     shown = [text.get_text() for text in drawn(figure)]
     assert shown.count("0.25") == 6
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == NAMES[:3]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == NAMES[:3]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(values)
     assert "merging coefficient" in shown
+
+
+def test_names_of_tensors_lose_what_all_begin_with():
+    values = {f"vision_model.layers.{layer}.mlp": [0.1, 0.2] for layer in range(3)}
+    shown = plots.coefficients(values, NAMES[:2]).axes[0].get_yticklabels()
+    assert [label.get_text() for label in shown] == ["0.mlp", "1.mlp", "2.mlp"]
 
 
 def test_coefficients_that_are_all_zero():
