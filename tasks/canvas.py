@@ -64,7 +64,7 @@ def developed(mask: Image.Image, style: Style, rng: Generator) -> np.ndarray:
 def quantised(grey: np.ndarray) -> np.ndarray:
     """Round greys in [0, 1] to GREYS levels: uint8 in 0..255."""
     levels = np.round(np.clip(grey, 0, 1) * (GREYS - 1))
-    return np.uint8(np.round(levels * 255 / (GREYS - 1)))
+    return np.round(levels * 255 / (GREYS - 1)).astype(np.uint8)
 
 
 def strokes(most: int, rng: Generator) -> np.ndarray:

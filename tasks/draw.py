@@ -154,7 +154,8 @@ def split(name: str, part: str, seed: int) -> Split:
         style = Style(contrast=(0.8, 1.2), noise=0.02)
         images = [photographs.patch(task.classes[label], part, style, rng) for label in labels]
     else:
-        images = [task.paint(task.classes[label], rng) for label in labels]
+        paint = task.paint or task.gallery
+        images = [paint(task.classes[label], rng) for label in labels]
     return Split(np.stack(images), labels)
 
 
