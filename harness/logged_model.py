@@ -118,22 +118,18 @@ def _finalized(client: MlflowClient, model: LoggedModel, run_id: str, final: Pat
 
 def _publish(partial: Path, final: Path) -> None:
     """Give the complete directory its name, on the disk too."""
-    _sync(partial)
+    from pools.write import sync
+
+    sync(partial)
     os.rename(partial, final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(final.parent)
 
 
 def _describe(directory: Path, model: LoggedModel, run_id: str, metadata: Mapping[str, Any]) -> None:
     """Add what makes a directory an MLflow model: MLmodel and requirements.txt."""
     from mlflow.models import Model
+
+    from pools.write import sync
 
     size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     (directory / "requirements.txt").write_text(_requirements(), encoding="utf-8")
@@ -151,7 +147,7 @@ def _describe(directory: Path, model: LoggedModel, run_id: str, metadata: Mappin
     _add_transformers(spec, directory)
     spec.save(directory / "MLmodel")
     for name in ("requirements.txt", "MLmodel"):
-        _sync(directory / name)
+        sync(directory / name)
 
 
 def _add_transformers(spec: Model, directory: Path) -> None:

@@ -156,9 +156,9 @@ def partial_directory(directory: Path, needed_bytes: int = 0) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         for path in (*(path for path in partial.rglob("*")), partial):
-            _sync(path)
+            sync(path)
         os.rename(partial, directory)
-        _sync(directory.parent)
+        sync(directory.parent)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
@@ -201,7 +201,8 @@ def _write_at(stream: FileIO, offset: int, block: memoryview) -> None:
         done += stream.write(block[done:])
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file or directory reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
