@@ -11,13 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from methods.parameters import at_least, one_of
+from methods.parameters import at_least, in_unit_interval, one_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
 SPLITS = ("train", "validation", "test")
-FAMILIES = ("clip",)
+FAMILIES = ("clip", "causal_lm", "seq2seq", "sequence_classification", "state_dict")
 METRICS = ("accuracy",)
+DTYPES = ("float32", "bfloat16", "float16")
+VOCABULARIES = ("same", "base", "union")
+TOKEN_RULES = ("owner", "mean", "base")
+OUTPUT_KINDS = ("model", "adapter")
 ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps", "tpu")
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")  # of lightning.Fabric: weights stay float32, as merging wants them
 
@@ -84,9 +88,21 @@ class PoolSettings:
     experts: dict[str, str] = field(default_factory=dict)
     root: str | None = None  # with it, a hub id or a relative path is looked up as root/<id> and nowhere else
     trust_remote_code: bool = False
+    merge: list[str] = field(default_factory=lambda: ["*"])  # patterns of the tensors that are merged
+    rest: str = "base"  # who gives the tensors that are not: base, or an expert's name
+    slices: list[dict[str, Any]] | None = None  # layers stacked by ranges: docs/language.md
+    tokenizer: str = "same"  # same: equal vocabularies or an error; base; union
+    new_tokens: str = "owner"  # rows of tokens that a member lacks: owner, mean, base
+    tokens: dict[str, str] = field(default_factory=dict)  # token -> rule or member's name, over `new_tokens`
+    chat_template: str | None = None  # base, an expert's name or a file; None: the base's, an error where they differ
 
     def __post_init__(self) -> None:
-        one_of("family", self.family, FAMILIES)
+        _hold(
+            (one_of, "family", self.family, FAMILIES),
+            (_filled, "merge", self.merge),
+            (one_of, "tokenizer", self.tokenizer, VOCABULARIES),
+            (one_of, "new_tokens", self.new_tokens, TOKEN_RULES),
+        )
 
 
 @dataclass(frozen=True)
@@ -137,6 +153,37 @@ class FabricSettings:
             (one_of, "accelerator", self.accelerator, ACCELERATORS),
             (_count_or_auto, "devices", self.devices),
             (one_of, "precision", self.precision, PRECISIONS),
+        )
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How the streaming engine works; none of it changes a bit of the result, but for `dtype`."""
+
+    dtype: str | None  # of the merged model; None: the base's
+    workers: Any  # a number, or "auto" for one for each core
+    shard_bytes: int  # most bytes of one weights file
+    resume: bool  # go on with what an interrupted merge into `output` has finished
+
+    def __post_init__(self) -> None:
+        _hold(
+            *(((one_of, "dtype", self.dtype, DTYPES),) if self.dtype is not None else ()),
+            (_count_or_auto, "workers", self.workers),
+            (at_least, "shard_bytes", self.shard_bytes, 1),
+        )
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """A merged adapter (output_kind=adapter), and what `crucible extract-lora` makes."""
+
+    rank: int | None  # None: exact, the sum of the experts' ranks
+    energy: float | None  # instead of a rank: the share of each matrix's squared norm to keep, in (0, 1]
+
+    def __post_init__(self) -> None:
+        _hold(
+            (at_least, "rank", 1 if self.rank is None else self.rank, 1),
+            (in_unit_interval, "energy", 1.0 if self.energy is None else self.energy),
         )
 
 
@@ -205,9 +252,17 @@ class RunConfig:
     experts: list[str] | None  # the pool's experts to use, in this order; None: all (already applied to `pool`)
     model: str | None  # for `evaluate`: a written model to score instead of the method's
     output: str | None  # also write the merged model to this directory
+    output_kind: str  # what is written there: model, or adapter
+    dry_run: bool  # say what would be done, from headers alone
+    engine: EngineSettings
+    adapter: AdapterSettings
 
     def __post_init__(self) -> None:
-        _hold((_seed, "seed", self.seed), (_distinct, "experts", self.experts or []))
+        _hold(
+            (_seed, "seed", self.seed),
+            (_distinct, "experts", self.experts or []),
+            (one_of, "output_kind", self.output_kind, OUTPUT_KINDS),
+        )
 
 
 def _filled(name: str, value: Any) -> None:
