@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
 import torch
+import xxhash  # fast enough that hashing while merging costs next to nothing; `datasets` relies on it too
 
-from pools.headers import CheckpointError, Entry, Stamp, closest_sibling, fill, opened, read_header
+from pools.headers import CheckpointError, Entry, OpenFiles, Stamp, closest_sibling, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 STALE = ("position_ids",)  # buffers that were once written with the weights and follow from the configuration
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
-_BLOCK = 1 << 22  # bytes hashed at a time
+BLOCK = 1 << 18  # elements of a tensor hashed together; whoever reads whole blocks gets their hashes for nothing
+_scratch = threading.local()
 
 # Names of a checkpoint -> {name to use: name in the file}; names left out are not part of the mapping.
 Select = Callable[[tuple[str, ...]], dict[str, str]]
@@ -50,9 +54,11 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         self.path = Path(path)
         self.source = source if source is not None else str(path)
         self._stamps: dict[Path, Stamp] = {}
+        self._hashes: dict[tuple[str, int], bytes] = {}  # of blocks that were read
         found = self._read_headers()
         names = select(tuple(found)) if select else {name: name for name in found}
         self.entries = {name: found[inside] for name, inside in names.items()}
+        self._files = OpenFiles(self._stamps)
         taken = set(names.values())
         self.others = tuple(name for name in found if name not in taken)
         self.dropped = tuple(name for name in self.others if name.rpartition(".")[2] in STALE)
@@ -67,10 +73,26 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         entry = self.entries[name]
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         if entry.nbytes:
-            block = tensor.reshape(-1).view(torch.uint8).numpy().data
-            with opened(entry.file, self._stamps[entry.file]) as stream:
-                fill(stream, block, entry.offset, name)
+            self._fill(name, 0, tensor.reshape(-1))
         return tensor
+
+    def read(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Read elements [start, start + len(out)) of a tensor into `out`, 1-D float32; see `pools.reading.Source`.
+
+        Raises:
+            CheckpointError: The file has changed or become shorter since it was opened.
+        """
+        entry = self.entries[name]
+        if entry.dtype is torch.float32:
+            self._fill(name, start, out)
+            return
+        stop = start + len(out)
+        while start < stop:
+            n = min(stop, (start // BLOCK + 1) * BLOCK) - start  # to the end of a block
+            raw = _buffer(n * entry.dtype.itemsize).view(entry.dtype)
+            self._fill(name, start, raw)
+            out[len(out) - (stop - start) :][:n].copy_(raw)
+            start += n
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -99,20 +121,43 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         """Size of all tensors together."""
         return sum(entry.nbytes for entry in self.entries.values())
 
+    @property
+    def stamp(self) -> str:
+        """Paths, sizes and times of change of the files: different when one of them was replaced or written to."""
+        return json.dumps([[str(file), *stamp] for file, stamp in sorted(self._stamps.items())])
+
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all names, dtypes, shapes and bytes in the order of names: however the files are cut."""
+        """Hash of all names, dtypes, shapes and contents in the order of names: however the files are cut.
+
+        SHA-256 over the XXH3 hashes of blocks of each tensor: it tells contents apart, it does not resist forgery.
+        Blocks that a merge has read are not read again.
+        """
         digest = hashlib.sha256()
         for name in sorted(self.entries):
             entry = self.entries[name]
             digest.update(json.dumps([name, str(entry.dtype), entry.shape]).encode())
-            with opened(entry.file, self._stamps[entry.file]) as stream:
-                buffer = memoryview(bytearray(min(_BLOCK, entry.nbytes)))
-                for start in range(0, entry.nbytes, _BLOCK):
-                    block = buffer[: min(_BLOCK, entry.nbytes - start)]
-                    fill(stream, block, entry.offset + start, name)
-                    digest.update(block)
+            size = math.prod(entry.shape)
+            for block in range(-(-size // BLOCK)):
+                if (name, block) not in self._hashes:
+                    start = block * BLOCK
+                    n = min(BLOCK, size - start)
+                    self._fill(name, start, _buffer(n * entry.dtype.itemsize).view(entry.dtype))
+                digest.update(self._hashes[name, block])
         return digest.hexdigest()
+
+    def _fill(self, name: str, start: int, raw: torch.Tensor) -> None:
+        """Read elements from `start` on into `raw`, of the tensor's own dtype; whole blocks are hashed as they pass."""
+        entry = self.entries[name]
+        width = entry.dtype.itemsize
+        data = raw.view(torch.uint8).numpy().data
+        self._files.fill(entry.file, data, entry.offset + start * width, name)
+        size, stop = math.prod(entry.shape), start + len(raw)
+        for begin in range(-(-start // BLOCK) * BLOCK, stop, BLOCK):
+            end = min(begin + BLOCK, size)
+            if end <= stop and (name, begin // BLOCK) not in self._hashes:
+                part = data[(begin - start) * width : (end - start) * width]
+                self._hashes[name, begin // BLOCK] = xxhash.xxh3_128_digest(part)
 
     def _read_headers(self) -> dict[str, Entry]:
         if not self.path.exists():
@@ -169,6 +214,14 @@ class Checkpoint(Mapping[str, torch.Tensor]):
         if faults:
             raise CheckpointError("\n".join(faults))
         return {name: shards[shard][name] for name, shard in shard_of.items()}
+
+
+def _buffer(nbytes: int) -> torch.Tensor:
+    """Bytes of this thread to read into, used again and again: new memory costs more than reading."""
+    held = getattr(_scratch, "held", None)
+    if held is None or len(held) < nbytes:
+        held = _scratch.held = torch.empty(max(nbytes, BLOCK * 2), dtype=torch.uint8)
+    return held[:nbytes]
 
 
 def _read_index(index: Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +12,10 @@ import torch
 from pools.card import model_card
 from pools.checkpoint import Checkpoint
 from pools.clip_frame import PROJECTION, ClipFrame, ImageEncoder, filled, select_tower
-from pools.faults import header_faults, specs_of
+from pools.faults import header_faults, recast, specs_of
 from pools.headers import CheckpointError
 from pools.roles import ModuleRoles
-from pools.write import SHARD_BYTES, write_directory
+from pools.write import SHARD_BYTES, Layout, write_directory
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -138,6 +138,21 @@ class ClipPool:
         """
         return self.frame.head(labels, templates)
 
+    def layout(self, lineage: Mapping[str, Any], dtype: torch.dtype | None = None) -> Layout:
+        """What a complete `CLIPModel` directory holds: the merged tower and everything around it.
+
+        Args:
+            lineage: What the model card tells: `method`, `params`, and whatever else.
+            dtype: Of the merged tower's floating tensors; by default the reference's.
+        """
+        around = self.frame.around
+        return Layout(
+            specs=recast(specs_of(self.reference), dtype) | specs_of(around),
+            around=around,
+            copies=tuple(self.frame.settings()),
+            texts=lambda: {"README.md": model_card(self.base, self.experts, lineage)},
+        )
+
     def write(
         self,
         directory: Path,
@@ -145,36 +160,13 @@ class ClipPool:
         lineage: Mapping[str, Any],
         shard_bytes: int = SHARD_BYTES,
     ) -> list[str]:
-        """Write a complete `CLIPModel` directory: the merged tower and everything around it.
-
-        Args:
-            directory: Must not exist yet, or be empty; it appears under this name only when it is complete.
-            tensors: The merged tower, in any order, as it is made.
-            lineage: What the model card tells: `method`, `params`, and whatever else.
-            shard_bytes: Most bytes of one weights file.
-
-        Returns:
-            The names of the files.
+        """Write a model directory from merged tensors in memory, in any order; see `layout`.
 
         Raises:
             CheckpointError: The directory is taken, tensors are missing or of another shape or dtype, or the disk
                 cannot hold them.
         """
-        around = self.frame.around
-
-        def all_tensors() -> Iterator[tuple[str, torch.Tensor]]:
-            yield from tensors
-            for name in around:
-                yield name, around[name]
-
-        return write_directory(
-            Path(directory),
-            specs_of(self.reference) | specs_of(around),
-            all_tensors(),
-            copies=self.frame.settings(),
-            texts={"README.md": model_card(self.base, self.experts, lineage)},
-            shard_bytes=shard_bytes,
-        )
+        return write_directory(Path(directory), self.layout(lineage), tensors, shard_bytes=shard_bytes)
 
 
 def _without_tower(member: Checkpoint) -> str:

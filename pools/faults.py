@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 
 _SHOWN = 8  # faults named for each member; the rest is counted
+_VOCABULARY = re.compile(  # a row for each token
+    r"(^|\.)(embed_tokens|wte|word_embeddings|shared|embed_in|tok_embeddings|tokens_embed|lm_head|embed_out)\.(weight|bias)$"
+)
 
 
 class Spec(NamedTuple):
@@ -23,6 +28,14 @@ def specs_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Spec]:
     if shapes is not None and dtypes is not None:
         return {name: Spec(tuple(shapes[name]), dtypes[name]) for name in tensors}
     return {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+
+
+def recast(specs: Mapping[str, Spec], dtype: torch.dtype | None) -> dict[str, Spec]:
+    """The same specs with another dtype of the floating tensors; None leaves all as they are."""
+    return {
+        name: Spec(spec.shape, dtype if dtype is not None and spec.dtype.is_floating_point else spec.dtype)
+        for name, spec in specs.items()
+    }
 
 
 def header_faults(
@@ -49,8 +62,10 @@ def _differences(specs: Mapping[str, Spec], reference: Mapping[str, Spec], whose
     found = [f"misses {name} {reference[name].shape}, which {whose} has" for name in missing]
     found += [f"has {name} {specs[name].shape}, which {whose} lacks" for name in extra]
     hint = _prefix_hint(missing, extra)
+    rows = _vocabulary(specs, reference)
+    found += _vocabulary_fault(specs, reference, rows, whose)
     for name in reference:
-        if name not in specs:
+        if name not in specs or name in rows:
             continue
         mine, theirs = specs[name], reference[name]
         if mine.shape != theirs.shape:
@@ -58,6 +73,41 @@ def _differences(specs: Mapping[str, Spec], reference: Mapping[str, Spec], whose
         elif mine.dtype.is_floating_point != theirs.dtype.is_floating_point:
             found.append(f"has {name} as {mine.dtype}, where {whose} has {theirs.dtype}")
     return [hint, *found] if hint else found
+
+
+def dtype_notes(members: Mapping[str, Mapping[str, torch.Tensor]]) -> list[str]:
+    """What is worth knowing of dtypes: members, or tensors of one member, that differ in theirs."""
+    kinds = {}
+    for member, tensors in members.items():
+        counts = Counter(spec.dtype for spec in specs_of(tensors).values() if spec.dtype.is_floating_point)
+        kinds[member] = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in counts))
+    if len(set(kinds.values())) < 2 and not any(" and " in kind for kind in kinds.values()):
+        return []
+    told = ", ".join(f"{member} in {kind}" for member, kind in kinds.items())
+    return [f"dtypes differ: {told}; arithmetic is in float32, and the merged model has the first one's dtypes"]
+
+
+def _vocabulary(specs: Mapping[str, Spec], reference: Mapping[str, Spec]) -> list[str]:
+    """Embeddings and heads that differ in their number of rows alone."""
+    return [
+        name
+        for name, spec in reference.items()
+        if _VOCABULARY.search(name) and name in specs and spec.shape[1:] == specs[name].shape[1:]
+        if spec.shape[:1] != specs[name].shape[:1]
+    ]
+
+
+def _vocabulary_fault(
+    specs: Mapping[str, Spec], reference: Mapping[str, Spec], rows: list[str], whose: str
+) -> list[str]:
+    """One line on vocabularies of different sizes, instead of one for each tensor that has a row for each token."""
+    if not rows:
+        return []
+    mine, theirs = specs[rows[0]].shape[0], reference[rows[0]].shape[0]
+    return [
+        f"has a vocabulary of {mine} rows ({', '.join(rows)}), where {whose} has {theirs}: "
+        "pool.tokenizer=union or pool.tokenizer=base brings them together"
+    ]
 
 
 def _prefix_hint(missing: Iterable[str], extra: Iterable[str]) -> str:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -96,42 +95,65 @@ def _entry(file: Path, name: str, value: Mapping[str, Any], start: int) -> Entry
     shape, dtype = tuple(value["shape"]), DTYPES[value["dtype"]]
     begin, end = value["data_offsets"]
     expected = dtype.itemsize * int(torch.Size(shape).numel())
-    if begin < 0 or end - begin != expected:
+    if min(shape, default=0) < 0 or begin < 0 or end - begin != expected:
         raise CheckpointError(f"{file}: {name} {shape} takes {expected} bytes, the header gives it {end - begin}")
     return Entry(file, start + begin, expected, shape, dtype)
 
 
-@contextmanager
-def opened(file: Path, stamp: Stamp) -> Iterator[FileIO]:
-    """The file, open, and known to be what its header was read from.
+class OpenFiles:
+    """Files of a checkpoint, each opened once, known to be what their headers were read from at every read."""
+
+    def __init__(self, stamps: Mapping[Path, Stamp]) -> None:
+        self._stamps = stamps
+        self._descriptors: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def fill(self, file: Path, block: memoryview, offset: int, name: str) -> None:
+        """Read a tensor's bytes from an offset on into a block; several threads may read at once.
+
+        Raises:
+            CheckpointError: The file has changed since its header was read, or is gone.
+        """
+        descriptor = self._opened(file)
+        if _stamp(file) != self._stamps[file]:
+            raise CheckpointError(f"{file} has changed since it was opened; start again when nothing writes to it")
+        done = 0
+        while done < len(block):
+            count = os.preadv(descriptor, [block[done:]], offset + done)
+            if not count:
+                raise CheckpointError(f"{file} ended while {name} was read; it was truncated after it was opened")
+            done += count
+
+    def _opened(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                try:
+                    self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise CheckpointError(f"{file} can no longer be read: {error.strerror}") from error
+            return self._descriptors[file]
+
+    def __del__(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_stamps": self._stamps}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__init__(state["_stamps"])  # type: ignore[misc]
+
+
+def _stamp(file: Path | int) -> Stamp:
+    """Size, time of change and identity of a file.
 
     Raises:
-        CheckpointError: It has changed since, or is gone.
+        CheckpointError: It is gone.
     """
     try:
-        stream = FileIO(file, "r")
+        found = os.stat(file)
     except OSError as error:
         raise CheckpointError(f"{file} can no longer be read: {error.strerror}") from error
-    with stream:
-        if _stamp(stream.fileno()) != stamp:
-            raise CheckpointError(f"{file} has changed since it was opened; start again when nothing writes to it")
-        yield stream
-
-
-def fill(stream: FileIO, block: memoryview, offset: int, name: str) -> None:
-    """Read a tensor's bytes from an offset of the file on into a block."""
-    stream.seek(offset)
-    done = 0
-    while done < len(block):
-        count = stream.readinto(block[done:])
-        if not count:
-            raise CheckpointError(f"{stream.name} ended while {name} was read; it was truncated after it was opened")
-        done += count
-
-
-def _stamp(descriptor: int) -> Stamp:
-    """Size, time of change and identity of an open file."""
-    found = os.fstat(descriptor)
     return (found.st_size, found.st_mtime_ns, found.st_ino)
 
 

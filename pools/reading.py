@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 
@@ -12,8 +12,8 @@ import torch
 class Source(Protocol):
     """A mapping of names to tensors that reads them from somewhere when they are asked for.
 
-    It is a `Mapping[str, torch.Tensor]` besides; what is here is what makes it lazy. A source that is made out of others
-    (a LoRA expert, layers restacked, a vocabulary remapped) implements the same.
+    It is a `Mapping[str, torch.Tensor]` besides; what is here is what makes it lazy. A source that is made out of
+    others (a LoRA expert, layers restacked, a vocabulary remapped) implements the same.
     """
 
     @property
@@ -47,16 +47,21 @@ class Source(Protocol):
         ...
 
     def read(self, name: str, start: int, out: torch.Tensor) -> None:
-        """Read elements [start, start + len(out)) of the flattened tensor into `out`, 1-D contiguous float32 on the CPU.
+        """Read elements [start, start + len(out)) of the flattened tensor into `out`.
 
-        May be called from several threads at once.
+        `out` is 1-D contiguous float32 on the CPU. May be called from several threads at once.
         """
         ...
 
 
+def is_source(tensors: object) -> TypeGuard[Source]:
+    """Whether a mapping reads lazily; `isinstance` would ask for its fingerprint (Python 3.11) and so read it all."""
+    return hasattr(tensors, "read")
+
+
 def read_into(tensors: Mapping[str, torch.Tensor], name: str, start: int, out: torch.Tensor) -> None:
     """`Source.read` of any mapping: one that is no source holds its tensors in memory."""
-    if isinstance(tensors, Source):
+    if is_source(tensors):
         tensors.read(name, start, out)
     else:
         out.copy_(tensors[name].detach().reshape(-1)[start : start + len(out)])

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from pools.checkpoint import Checkpoint
-from pools.faults import Spec
+from pools.faults import Spec, specs_of
 from pools.headers import CheckpointError
 from pools.open import Pool, open_pool
-from pools.write import SHARD_BYTES, Shards, partial_directory
+from pools.write import SHARD_BYTES, Shards, nbytes_of, partial_directory
 
 RECIPE = "recipe.json"
 _FORMAT = 1
@@ -68,7 +68,7 @@ def save_wrapped(
     tensors, aliases = _without_aliases(module.state_dict())
     specs = {name: Spec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     facts = {"format": _FORMAT, "family": pool.family, "aliases": aliases, "recipe": dict(recipe)}
-    needed = sum(tensor.nbytes for tensor in tensors.values()) + base.nbytes
+    needed = sum(tensor.nbytes for tensor in tensors.values()) + sum(map(nbytes_of, specs_of(base).values()))
     with partial_directory(Path(directory), needed) as partial:
         pool.write(partial / _BASE, base.items(), {"method": "base", "note": "the base of the model one directory up"})
         with Shards(partial, specs, shard_bytes) as shards:

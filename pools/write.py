@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -19,28 +21,40 @@ from pools.faults import Spec
 from pools.headers import DTYPES, CheckpointError
 
 SHARD_BYTES = 5_000_000_000  # most bytes of one weights file, unless one tensor is larger
+JOURNAL = "merge.json"  # in a partial directory: which merge it is of, and which of its files are finished
 _WORDS = {dtype: word for word, dtype in DTYPES.items()}
 _PARTIAL = re.compile(r"^\..+\.partial-(\d+)$")
 _GIB = 1 << 30
 
 
+@dataclass(frozen=True)
+class Layout:
+    """What a model's directory will hold, known before any weight is read."""
+
+    specs: Mapping[str, Spec]  # every tensor that is written
+    around: Mapping[str, torch.Tensor] = field(default_factory=dict)  # those that are written as they are, not merged
+    copies: tuple[Path, ...] = ()  # files to copy into the directory
+    texts: Callable[[], Mapping[str, str]] = dict  # file name -> content; asked for last
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all that is written, but for the texts."""
+        return sum(map(nbytes_of, self.specs.values())) + sum(file.stat().st_size for file in self.copies)
+
+
 def write_directory(
     directory: Path,
-    specs: Mapping[str, Spec],
+    layout: Layout,
     tensors: Iterable[tuple[str, torch.Tensor]],
     *,
-    copies: Iterable[Path] = (),
-    texts: Mapping[str, str] | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> list[str]:
     """Write tensors and the files beside them; the directory gets its name when all of it is on the disk.
 
     Args:
         directory: Must not exist yet, or be empty.
-        specs: Shape and dtype of every tensor that will come.
-        tensors: Names and tensors in any order, each once, taken one at a time.
-        copies: Files to copy into the directory as they are.
-        texts: File name -> content.
+        layout: What will be in it.
+        tensors: Names and merged tensors in any order, each once, taken one at a time.
         shard_bytes: Most bytes of one weights file.
 
     Returns:
@@ -50,120 +64,266 @@ def write_directory(
         CheckpointError: The directory is taken; the disk cannot hold the model; tensors are missing, come twice or are
             unlike their specs. Nothing is left behind.
     """
-    copies, texts = list(copies), dict(texts or {})
-    needed = sum(_nbytes(spec) for spec in specs.values()) + sum(file.stat().st_size for file in copies)
-    with partial_directory(directory, needed) as partial:
-        with Shards(partial, specs, shard_bytes) as shards:
+    with partial_directory(directory, layout.nbytes) as partial:
+        with Shards(partial, layout.specs, shard_bytes) as shards:
             for name, tensor in tensors:
                 shards.put(name, tensor)
-        for file in copies:
-            shutil.copyfile(file, partial / file.name)
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        return sorted(file.name for file in partial.iterdir())
+            write_around(shards, layout)
+        return write_beside(partial, layout)
+
+
+def write_around(shards: Shards, layout: Layout) -> None:
+    """Write the tensors that are not merged."""
+    for name in layout.around:
+        if shards.wants(name):
+            shards.put(name, layout.around[name])
+
+
+def write_beside(partial: Path, layout: Layout) -> list[str]:
+    """Write the files beside the weights; returns the names of all files, sorted."""
+    for file in layout.copies:
+        shutil.copyfile(file, partial / file.name)
+    for name, text in layout.texts().items():
+        (partial / name).write_text(text, encoding="utf-8")
+    return sorted(file.name for file in partial.iterdir() if file.name != JOURNAL)
 
 
 class Shards:
-    """Safetensors files whose headers and sizes are fixed at the start; tensors are then put in their places."""
+    """Safetensors files whose headers and sizes are fixed at the start; tensors, or parts of them, are put in place.
 
-    def __init__(self, directory: Path, specs: Mapping[str, Spec], shard_bytes: int = SHARD_BYTES) -> None:
+    Several threads may put at once, and several processes: one lays the files out, the others join.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        specs: Mapping[str, Spec],
+        shard_bytes: int = SHARD_BYTES,
+        *,
+        finished: Collection[str] = (),
+        join: bool = False,
+        shared: bool = False,
+        done: Callable[[str], None] = lambda file: None,
+    ) -> None:
+        """Cut the tensors into files.
+
+        Args:
+            directory: Where to.
+            specs: Shape and dtype of every tensor that will come.
+            shard_bytes: Most bytes of one file.
+            finished: Files that are there already, whole: nothing of them is wanted.
+            join: The files have been laid out by another process; this one need not write all of them.
+            shared: Other processes have joined and write what this one does not.
+            done: Called with a file's name when all of it is written and on the disk.
+        """
         self.directory, self.specs = directory, dict(specs)
-        self._waiting = dict.fromkeys(specs)
-        self._places: dict[str, tuple[FileIO, int]] = {}
+        self._finished, self._join, self._done = frozenset(finished), join, done
+        self._shared = shared or join
+        self._places: dict[str, tuple[str, FileIO, int]] = {}
+        self._left: dict[str, int] = {}  # tensor -> elements that have not come
+        self._waiting: dict[str, int] = {}  # file -> tensors that are not complete
         self._stack = ExitStack()
-        cuts = _cut(self.specs, shard_bytes)
-        self._names = [SINGLE]
-        if len(cuts) > 1:
-            self._names = [f"model-{i:05d}-of-{len(cuts):05d}.safetensors" for i in range(1, len(cuts) + 1)]
-        self._cuts = cuts
+        self._lock = threading.Lock()
+        self._cuts = _cut(self.specs, shard_bytes)
+        self.files = [SINGLE]
+        if len(self._cuts) > 1:
+            count = len(self._cuts)
+            self.files = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
     def __enter__(self) -> Shards:
         with ExitStack() as stack:
-            for file, names in zip(self._names, self._cuts, strict=True):
-                self._lay_out(stack.enter_context(FileIO(self.directory / file, "w")), names)
-            if len(self._cuts) > 1:
+            for file, names in zip(self.files, self._cuts, strict=True):
+                if file in self._finished:
+                    continue
+                stream = stack.enter_context(FileIO(self.directory / file, "r+" if self._join else "w"))
+                self._lay_out(file, stream, names)
+            if len(self._cuts) > 1 and not self._join:
                 (self.directory / INDEX).write_text(self._index(), encoding="utf-8")
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
         with self._stack:
-            if kind is None and self._waiting:
-                some = ", ".join(list(self._waiting)[:5])
-                raise CheckpointError(f"{len(self._waiting)} tensors of the model never came: {some}")
+            lacking = [name for name, left in self._left.items() if left]
+            if kind is None and lacking and not self._shared:
+                raise CheckpointError(f"{len(lacking)} tensors of the model never came: {', '.join(lacking[:5])}")
+
+    def wants(self, name: str) -> bool:
+        """Whether any of a tensor has still to come."""
+        return self._left.get(name, 0) > 0
+
+    def in_order(self) -> list[str]:
+        """Names of the wanted tensors as they follow each other in the files."""
+        return [name for names in self._cuts for name in names if name in self._left]
 
     def put(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one tensor.
+        """Write one whole tensor.
 
         Raises:
             CheckpointError: It is not one of the model's, has come already, or is unlike its spec.
         """
         if name not in self.specs:
             raise CheckpointError(f"{name} {tuple(tensor.shape)} is none of the model's tensors")
-        if name not in self._waiting:
-            raise CheckpointError(f"{name} came twice")
+        wanted = self.specs[name]
         came = Spec(tuple(tensor.shape), tensor.dtype)
-        if came != self.specs[name]:
-            wanted = self.specs[name]
+        if came != wanted:
             raise CheckpointError(f"{name} came as {came.shape} {came.dtype}, wanted {wanted.shape} {wanted.dtype}")
-        stream, offset = self._places[name]
-        flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-        if flat.numel():
-            _write_at(stream, offset, flat.view(torch.uint8).numpy().data)
-        del self._waiting[name]
+        self.put_part(name, 0, tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1))
 
-    def _lay_out(self, stream: FileIO, names: list[str]) -> None:
+    def put_part(self, name: str, start: int, part: torch.Tensor) -> None:
+        """Write elements [start, start + len(part)) of a tensor, 1-D contiguous on the CPU, in the spec's dtype.
+
+        Raises:
+            CheckpointError: More elements came than the tensor has.
+        """
+        file, stream, offset = self._places[name]
+        if part.numel():
+            _write_at(stream, offset + start * part.dtype.itemsize, part.view(torch.uint8).numpy().data)
+        with self._lock:
+            left = self._left[name] = self._left[name] - max(part.numel(), 1)
+            if left < 0:
+                raise CheckpointError(f"{name} came twice")
+            if left == 0:
+                self._waiting[file] -= 1
+            complete = left == 0 and self._waiting[file] == 0
+        if complete:
+            os.fdatasync(stream.fileno())
+            self._done(file)
+
+    def flush(self) -> None:
+        """Have what was written so far reach the disk, so that little is left to wait for at the end.
+
+        Errors are left to whoever completes a file: the system tells them once to each that has the file open.
+        """
+        for file in [file for file, n_tensors in list(self._waiting.items()) if n_tensors]:
+            with suppress(OSError):
+                sync(self.directory / file, os.fdatasync)
+
+    def _lay_out(self, file: str, stream: FileIO, names: list[str]) -> None:
         """Write one file's header, and give the file its size."""
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name in names:
             spec = self.specs[name]
-            end = offset + _nbytes(spec)
+            end = offset + nbytes_of(spec)
             header[name] = {"dtype": _WORDS[spec.dtype], "shape": list(spec.shape), "data_offsets": [offset, end]}
             offset = end
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)  # data starts at a multiple of 8
         start = 8 + len(raw)
-        _write_at(stream, 0, memoryview(len(raw).to_bytes(8, "little") + raw))
-        stream.truncate(start + offset)
-        self._places |= {name: (stream, start + header[name]["data_offsets"][0]) for name in names}
+        if not self._join:
+            _write_at(stream, 0, memoryview(len(raw).to_bytes(8, "little") + raw))
+            stream.truncate(start + offset)
+        self._places |= {name: (file, stream, start + header[name]["data_offsets"][0]) for name in names}
+        self._left |= {name: max(torch.Size(self.specs[name].shape).numel(), 1) for name in names}
+        self._waiting[file] = len(names)
 
     def _index(self) -> str:
-        weight_map = {name: file for file, names in zip(self._names, self._cuts, strict=True) for name in names}
-        total = sum(map(_nbytes, self.specs.values()))
+        weight_map = {name: file for file, names in zip(self.files, self._cuts, strict=True) for name in names}
+        total = sum(map(nbytes_of, self.specs.values()))
         return json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
 
 
+class Journal:
+    """In a partial directory: which merge it is of, and which of its weights files are finished."""
+
+    def __init__(self, partial: Path, key: str, finished: Collection[str] = ()) -> None:
+        self._file, self._key = partial / JOURNAL, key
+        self.finished = list(finished)
+        self._lock = threading.Lock()
+
+    def finish(self, file: str) -> None:
+        """Note that a file is whole and on the disk."""
+        with self._lock:
+            self.finished.append(file)
+            partial = self._file.with_suffix(".partial")
+            partial.write_text(json.dumps({"key": self._key, "finished": self.finished}), encoding="utf-8")
+            os.replace(partial, self._file)
+
+
 @contextmanager
-def partial_directory(directory: Path, needed_bytes: int = 0) -> Iterator[Path]:
+def partial_directory(
+    directory: Path, needed_bytes: int = 0, *, key: str | None = None, resume: bool = False
+) -> Iterator[Path]:
     """A sibling of the directory to fill, `.<name>.partial-<pid>`: synced and renamed at the end, removed on any error.
+
+    Args:
+        directory: What it will be called.
+        needed_bytes: What will be written.
+        key: Of the merge, where it can be resumed: then a partial directory in which a `Journal` has noted finished
+            files is left when the merge fails.
+        resume: Go on with what an earlier process has left of the merge with this key.
 
     Raises:
         CheckpointError: The directory is taken, or the disk cannot hold what is to be written.
     """
     directory = Path(directory)
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-        raise CheckpointError(f"{directory} exists already and is not overwritten; name another directory or remove it")
+    refuse_taken(directory)
     partial = directory.parent / f".{directory.name}.partial-{os.getpid()}"
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
+        left = _left_of(directory, key) if resume and key is not None else None
+        if left != partial:
+            shutil.rmtree(partial, ignore_errors=True)
+        if left is not None:
+            os.rename(left, partial)
         free = shutil.disk_usage(directory.parent).free
-        if needed_bytes > free:
+        held = sum(file.stat().st_blocks * 512 for file in partial.iterdir()) if left is not None else 0
+        if needed_bytes - held > free:
             raise CheckpointError(
-                f"{directory} cannot be written: {_sizes(needed_bytes, free)}; make room, or write elsewhere"
+                f"{directory} cannot be written: {_sizes(needed_bytes - held, free)}; make room, or write elsewhere"
             )
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        partial.mkdir(exist_ok=True)
         yield partial
+        (partial / JOURNAL).unlink(missing_ok=True)
         for path in (*(path for path in partial.rglob("*")), partial):
             sync(path)
         os.rename(partial, directory)
         sync(directory.parent)
+        for path in _leftovers(directory):  # nobody can resume into a name that is taken
+            shutil.rmtree(path, ignore_errors=True)
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        if key is None or not finished_files(partial, key):
+            shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
             raise CheckpointError(_failed(directory, needed_bytes, error)) from error
         raise
+
+
+def finished_files(partial: Path, key: str) -> list[str]:
+    """The weights files that a partial directory of the merge with this key holds whole."""
+    try:
+        journal = json.loads((partial / JOURNAL).read_text(encoding="utf-8"))
+        found = [str(file) for file in journal["finished"]] if journal["key"] == key else []
+        return [file for file in found if (partial / file).is_file()]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _left_of(directory: Path, key: str) -> Path | None:
+    """What an earlier process has left of this merge: the one with most files finished."""
+    known = {path: len(finished_files(path, key)) for path in _leftovers(directory)}
+    best = max(known, key=lambda path: known[path], default=None)
+    return best if best is not None and known[best] else None
+
+
+def _leftovers(directory: Path) -> list[Path]:
+    """Half-written directories of this name whose writers have ended, or had this process's number before it."""
+    ended = find_partials(directory.parent)
+    own = directory.parent / f".{directory.name}.partial-{os.getpid()}"
+    return [path for path in ended if path.name.rpartition(".partial-")[0] == f".{directory.name}"] + (
+        [own] if own.is_dir() else []
+    )
+
+
+def refuse_taken(directory: Path) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        CheckpointError: There is a file, or a directory that is not empty.
+    """
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+        raise CheckpointError(f"{directory} exists already and is not overwritten; name another directory or remove it")
 
 
 def find_partials(parent: Path) -> list[Path]:
@@ -181,7 +341,7 @@ def _cut(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]:
     for name in sorted(specs):
         if specs[name].dtype not in _WORDS:
             raise CheckpointError(f"{name} has the dtype {specs[name].dtype}, which safetensors does not know")
-        size = _nbytes(specs[name])
+        size = nbytes_of(specs[name])
         if cuts[-1] and filled + size > shard_bytes:
             cuts.append([])
             filled = 0
@@ -190,22 +350,22 @@ def _cut(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]:
     return [sorted(names, key=lambda name: (-specs[name].dtype.itemsize, name)) for names in cuts]
 
 
-def _nbytes(spec: Spec) -> int:
+def nbytes_of(spec: Spec) -> int:
+    """Size of a tensor."""
     return spec.dtype.itemsize * torch.Size(spec.shape).numel()
 
 
 def _write_at(stream: FileIO, offset: int, block: memoryview) -> None:
-    stream.seek(offset)
     done = 0
     while done < len(block):
-        done += stream.write(block[done:])
+        done += os.pwrite(stream.fileno(), block[done:], offset + done)
 
 
-def sync(path: Path) -> None:
+def sync(path: Path, how: Callable[[int], None] = os.fsync) -> None:
     """Have a file or directory reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        how(descriptor)
     finally:
         os.close(descriptor)
 
@@ -220,7 +380,7 @@ def _failed(directory: Path, needed: int, error: OSError) -> str:
         room = _sizes(needed, shutil.disk_usage(directory.parent).free)
     except OSError:
         room = f"{needed / _GIB:.3g} GiB are needed"
-    return f"{directory} could not be written: {error.strerror or error} ({room}); nothing of it was left"
+    return f"{directory} could not be written: {error.strerror or error} ({room}); there is nothing under that name"
 
 
 def _lives(pid: int) -> bool:
