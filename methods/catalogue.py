@@ -24,16 +24,24 @@ _ROWS = (
     _row(
         "weighted_average", Kind.rule, "arXiv:2203.05482", "WeightedAverageParams", base=Base.unused, ordered=True,
     ),
+    _row("passthrough", Kind.rule, "frankenmerging", "PassthroughParams", base=Base.unused, n_experts=(1, 1)),
     _row("task_arithmetic", Kind.rule, "arXiv:2212.04089", "TaskArithmeticParams"),
-    _row("ties", Kind.rule, "arXiv:2306.01708", "TiesParams", prepare="methods.ties:thresholds"),
-    _row("dare", Kind.rule, "arXiv:2311.03099", "DareParams", random=True, prepare="methods.dare:thresholds"),
+    _row(
+        "ties", Kind.rule, "arXiv:2306.01708", "TiesParams",
+        prepare="methods.ties:thresholds", prepared="methods.ties:prepared",
+    ),
+    _row(
+        "dare", Kind.rule, "arXiv:2311.03099", "DareParams", random=True,
+        prepare="methods.dare:thresholds", prepared="methods.dare:prepared",
+    ),
     _row(
         "slerp", Kind.rule, "Shoemake 1985", "SlerpParams",
-        base=Base.optional, ordered=True, elementwise=False, n_experts=(1, 2),
+        base=Base.optional, ordered=True, n_experts=(1, 2), prepare="methods.slerp:coefficients", per_tensor=True,
     ),
     _row(
         "fisher", Kind.informed, "arXiv:2111.09832", "FisherParams",
-        base=Base.unused, stats="fisher", prepare="methods.fisher:weights", data="inputs, head",
+        base=Base.unused, stats="fisher", prepare="methods.fisher:weights", prepared="methods.fisher:prepared",
+        data="inputs, head",
     ),
     _row(
         "regmean", Kind.informed, "arXiv:2212.09849", "RegmeanParams",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from methods.kinds import Pieces
+from methods.kinds import Piece, Pieces
 from methods.lazy import torch
 from methods.parameters import finite, per_expert, positive, tunable
 from methods.primitives import add_up, spread
@@ -38,15 +38,25 @@ def weights(pieces: Pieces, params: FisherParams) -> torch.Tensor:
         ValueError: A tensor has no Fisher values, or there are not as many weights as experts.
     """
     squares = torch.zeros(())
-    for piece in pieces():
-        if piece.stats is None:
-            raise ValueError(f"fisher needs Fisher values for every tensor, and {piece.name} has none")
-        squares = squares + piece.stats.flatten(1).double().square().sum(1).cpu()
+    for found in pieces(_squares):
+        squares = squares + found
     given = torch.tensor(per_expert("weights", params.weights or 1.0, len(squares)), dtype=torch.float64)
     if not params.normalize:
         return given
     shares = 1 / (squares.sqrt() + params.floor)
     return given * shares / shares.sum()
+
+
+def prepared(params: FisherParams) -> tuple[str, ...]:
+    """What `weights` reads once for the whole model, and so cannot differ from tensor to tensor."""
+    return ("weights", "floor") if params.normalize else ("weights",)
+
+
+def _squares(piece: Piece) -> torch.Tensor:
+    """Sum of squares of each expert's Fisher values in a piece, (T,)."""
+    if piece.stats is None:
+        raise ValueError(f"fisher needs Fisher values for every tensor, and {piece.name} has none")
+    return piece.stats.flatten(1).double().square().sum(1).cpu()
 
 
 def fisher(

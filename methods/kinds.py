@@ -61,8 +61,17 @@ class Piece:
         return self.experts - self.base
 
 
-# A prepare pass may walk over the pieces as often as it likes: each call starts a fresh walk.
-Pieces = Callable[[], Iterable[Piece]]
+class Pieces(Protocol):
+    """What a prepare pass is given to look at the weights; each call is a fresh walk over all pieces."""
+
+    def __call__(self, function: Callable[[Piece], Any], limit: int | None = None) -> Iterable[Any]:
+        """The function's result for each piece, in order; several may be worked on at once.
+
+        Args:
+            function: What to find out about a piece; the piece's tensors are valid until it returns.
+            limit: Look at the first so many elements of each piece only, a multiple of 8.
+        """
+        ...
 
 
 class Fold(Protocol):
@@ -112,6 +121,10 @@ class Row:
     random: bool = False  # draws random numbers
     elementwise: bool = True  # a tensor may be cut into chunks of any size
     prepare: str = ""  # "methods.ties:thresholds": (pieces, params) -> numbers, (T, ...)
+    per_tensor: bool = (
+        False  # that pass is over each tensor on its own; otherwise over the model, or as params.scope says
+    )
+    prepared: str = ""  # "methods.ties:prepared": params -> names of those that it reads once for the whole model
     stats: str = ""  # "fisher" or "gram"
     members: str = ""  # "methods.expert:members": (params, names) -> names of the experts that are read
     rule: str = ""  # a search's row whose coefficients it finds

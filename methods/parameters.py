@@ -38,6 +38,14 @@ def in_unit_interval(name: str, value: float) -> None:
         raise ValueError(f"{name} is a share in (0, 1], got {value}; percentages are not accepted")
 
 
+def shares(name: str, values: Sequence[float] | None) -> None:
+    """Refuse a list, one for each expert, with a share outside (0, 1]; None stands for no list."""
+    if values is not None:
+        finite(name, values)
+        for value in values:
+            in_unit_interval(name, value)
+
+
 def at_least(name: str, value: float, least: float) -> None:
     """Refuse a number below `least`, and infinity."""
     if not least <= value < math.inf:

@@ -1,17 +1,36 @@
-"""The k-th largest magnitude over a whole model, exact, in linear time and constant memory.
+"""The k-th largest magnitude over a whole model, exact, in linear time and bounded memory.
 
-Source: the order of non-negative IEEE floats is the order of their bits, so a histogram of the upper half of the bits
-finds the bin, and one of the lower half within that bin finds the number (radix selection).
+Source: the order of non-negative IEEE floats is the order of their bits. A sample brackets the number; one walk counts
+what lies above the bracket and collects what lies within; where that is too much to keep, in a histogram of the bits
+(radix selection on the one bucket that matters). Where the sample has misled, or a bin holds several numbers, further
+walks narrow it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
 
 from methods.lazy import torch
 
-_HALF = 16
-_BINS = 1 << _HALF
+_SAMPLED = 4096  # elements of each piece that are looked at for the bracket
+_SAMPLES = 1 << 20  # most samples that are kept for each expert
+_BINS = 1 << 20  # of the histogram
+_BATCH = 1 << 20  # most numbers that are kept for each expert
+_QUEUE = 4  # pieces' numbers that are kept whatever they are
+_END = 0x7FFF_FFFF  # above the bits of every magnitude
+
+
+class Walk(Protocol):
+    """Starts a fresh walk: the function's result for each piece (T, ...), float32, in order."""
+
+    def __call__(self, function: Callable[[torch.Tensor], Any], limit: int | None = None) -> Iterable[Any]:
+        """Walk; with a limit over the first so many elements of each piece."""
+        ...
 
 
 def count_kept(density: float, n: int) -> int:
@@ -23,48 +42,129 @@ def count_kept(density: float, n: int) -> int:
     return max(1, int(density * n + 1e-6))  # the little something undoes 0.29 * 100 = 28.999...
 
 
-def kth_largest(walk: Callable[[], Iterable[torch.Tensor]], density: float) -> torch.Tensor:
+def kth_largest(walk: Walk, density: float | Sequence[float]) -> torch.Tensor:
     """Magnitude of the last entry that each expert keeps, over everything that the walk yields.
 
     Args:
-        walk: Starts a fresh walk over pieces (T, ...), float32 and finite; it is walked twice.
-        density: Share kept, in (0, 1].
+        walk: Over pieces (T, ...); it is walked two times, seldom more.
+        density: Share kept, in (0, 1], of all experts or of each.
 
     Returns:
         Thresholds, (T,) float32: exactly `count_kept` entries are at least as large, ties aside.
     """
-    upper = _histogram(walk, lambda bits: bits >> _HALF)
-    n = int(upper[0].sum())
-    wanted = torch.full((len(upper),), count_kept(density, n), dtype=torch.int64)
-    bins, left = _locate(upper, wanted)
-    lower = _histogram(walk, lambda bits: bits & (_BINS - 1), bins)
-    ends, _ = _locate(lower, left)
-    return ((bins << _HALF) | ends).to(torch.int32).view(torch.float32)
+    samples = _sampled(walk)
+    shares = [density] * len(samples) if isinstance(density, int | float) else list(density)
+    if len(shares) != len(samples):
+        raise ValueError(f"densities lists {len(shares)} numbers for {len(samples)} experts; give one for each")
+    brackets = [_bracket(*found) for found in zip(samples, shares, strict=True)]
+    while any(bracket.end - bracket.start > 1 for bracket in brackets):
+        brackets = [_narrowed(*found) for found in zip(brackets, _counted(walk, brackets), shares, strict=True)]
+    return torch.tensor([bracket.start for bracket in brackets], dtype=torch.int32).view(torch.float32)
 
 
-def _histogram(
-    walk: Callable[[], Iterable[torch.Tensor]],
-    key: Callable[[torch.Tensor], torch.Tensor],
-    bins: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Counts (T, bins) of a key of the bits, over the entries whose upper half is in the expert's bin."""
-    counts: list[torch.Tensor] = []
-    for piece in walk():
-        for index, values in enumerate(piece):
-            bits = values.abs().flatten().view(torch.int32)
-            if bins is not None:
-                bits = bits[(bits >> _HALF) == bins[index].to(bits.device)]
-            counted = torch.bincount(key(bits), minlength=_BINS).cpu()
-            if index < len(counts):
-                counts[index] += counted
-            else:
-                counts.append(counted)
-    return torch.stack(counts)
+@dataclass(frozen=True)
+class _Bracket:
+    """Bits [start, end) in which the wanted number is looked for; bins of 2**shift bits."""
+
+    start: int
+    end: int
+
+    @property
+    def shift(self) -> int:
+        return max(0, math.ceil(math.log2((self.end - self.start) / _BINS)))
 
 
-def _locate(counts: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The bin in which the wanted-th largest lies, (T,), and how many of that bin are still wanted, (T,)."""
-    above = counts.flip(1).cumsum(1)  # how many lie in this bin or a higher one
-    position = (above < wanted[:, None]).sum(1)
-    higher = above.gather(1, (position - 1).clamp(min=0)[:, None]).squeeze(1) * (position > 0)
-    return counts.shape[1] - 1 - position, wanted - higher
+@dataclass
+class _Counts:
+    """What one walk found for one expert."""
+
+    n: int = 0
+    above: int = 0  # at or beyond the bracket's end
+    bins: np.ndarray | None = None  # within, once they are too many to keep
+    kept: list[np.ndarray] = field(
+        default_factory=list
+    )  # within, and not yet in the bins: bits less the bracket's start
+
+
+def _bits(values: torch.Tensor) -> np.ndarray:
+    """Bits of the magnitudes, (n,) int32, in memory of their own."""
+    return values.abs().flatten().cpu().view(torch.int32).numpy()
+
+
+def _sampled(walk: Walk) -> list[np.ndarray]:
+    """A share of the magnitudes of each expert, as bits."""
+    kept: list[list[np.ndarray]] = []
+    n, step = 0, 1  # how many are kept, and of how many one is: the same share of early and of late pieces
+    for found in walk(lambda piece: [_bits(values) for values in piece], _SAMPLED):
+        kept = kept or [[] for _ in found]
+        for own, bits in zip(kept, found, strict=True):
+            own.append(bits[::step])
+        n += len(kept[0][-1])
+        if n > 2 * _SAMPLES:
+            kept = [[np.concatenate(own)[::2].copy()] for own in kept]
+            n, step = len(kept[0][0]), 2 * step
+    return [np.concatenate(own) for own in kept]
+
+
+def _bracket(samples: np.ndarray, density: float) -> _Bracket:
+    """Bits between which the number almost surely lies, by the sample's order."""
+    margin = 0.003 + 4 * math.sqrt(density * (1 - density) / len(samples))
+    last = len(samples) - 1
+    low, high = math.floor((1 - density - margin) * last), math.ceil((1 - density + margin) * last)
+    ordered = np.partition(samples, [max(low, 0), min(high, last)])
+    return _Bracket(int(ordered[low]) if low > 0 else 0, int(ordered[high]) + 1 if high < last else _END)
+
+
+def _counted(walk: Walk, brackets: list[_Bracket]) -> list[_Counts]:
+    """One walk: counts above and within each expert's bracket."""
+
+    def look(piece: torch.Tensor) -> list[tuple[int, int, np.ndarray]]:
+        return [_looked(_bits(values), bracket) for values, bracket in zip(piece, brackets, strict=True)]
+
+    counts = [_Counts() for _ in brackets]
+    for found in walk(look):
+        for count, bracket, (n, above, inside) in zip(counts, brackets, found, strict=True):
+            count.n += n
+            count.above += above
+            count.kept.append(inside)
+            if len(count.kept) > _QUEUE and sum(map(len, count.kept)) > _BATCH:
+                _bin(count, bracket)
+    return counts
+
+
+def _looked(bits: np.ndarray, bracket: _Bracket) -> tuple[int, int, np.ndarray]:
+    """How many there are, how many lie above the bracket, and the bits of those within, less its start."""
+    bits -= np.int32(bracket.start)
+    width = bracket.end - bracket.start
+    return len(bits), int(np.count_nonzero(bits >= width)), bits[bits.view(np.uint32) < np.uint32(width)]
+
+
+def _bin(count: _Counts, bracket: _Bracket) -> None:
+    """Move what is kept into the histogram."""
+    if count.bins is None:
+        count.bins = np.zeros(((bracket.end - bracket.start - 1) >> bracket.shift) + 1, dtype=np.int64)
+    count.bins += np.bincount(np.concatenate(count.kept) >> bracket.shift, minlength=len(count.bins))
+    count.kept.clear()
+
+
+def _narrowed(bracket: _Bracket, count: _Counts, density: float) -> _Bracket:
+    """The bin in which the wanted number lies, or what is left beside a bracket that missed it."""
+    if bracket.end - bracket.start == 1:
+        return bracket
+    wanted = count_kept(density, count.n) - count.above  # the how-many-th largest within
+    if wanted <= 0:
+        return _Bracket(bracket.end, _END)
+    if count.bins is None:
+        values = np.concatenate(count.kept)
+        if wanted > len(values):
+            return _Bracket(0, bracket.start)
+        start = bracket.start + int(np.partition(values, len(values) - wanted)[len(values) - wanted])
+        return _Bracket(start, start + 1)
+    if count.kept:
+        _bin(count, bracket)
+    from_above = count.bins[::-1].cumsum()  # how many lie in this bin or higher
+    if wanted > from_above[-1]:
+        return _Bracket(0, bracket.start)
+    position = len(count.bins) - 1 - int(np.searchsorted(from_above, wanted))
+    start = bracket.start + (position << bracket.shift)
+    return _Bracket(start, min(start + (1 << bracket.shift), bracket.end))

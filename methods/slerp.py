@@ -7,10 +7,14 @@ Differs: an all-zero tensor has no direction and is met by linear interpolation;
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from methods.kinds import Piece, Pieces
 from methods.lazy import torch
 from methods.parameters import finite, tunable
+
+_BLOCK = 4096  # numbers summed together
 
 
 @dataclass(frozen=True)
@@ -26,28 +30,47 @@ class SlerpParams:
             raise ValueError(f"linear_above is a cosine in [0, 1], got {self.linear_above}")
 
 
-def slerp(base: torch.Tensor | None, experts: torch.Tensor, params: SlerpParams) -> torch.Tensor:
-    """Between two experts, (2, *shape), or from the base to the one expert, (1, *shape) -> (*shape), float32.
+def coefficients(pieces: Pieces, params: SlerpParams) -> torch.Tensor:
+    """What multiplies each of the two models in a tensor, (2,) float64.
 
     Raises:
         ValueError: There is one expert and no base to start from.
     """
-    if len(experts) == 2:
-        first, second = experts
-    elif base is not None:
-        first, second = base, experts[0]
-    else:
-        raise ValueError("slerp goes between two models: give two experts, or a base and one expert")
-    near, far = _coefficients(first.flatten().double(), second.flatten().double(), params)
-    return near * first + far * second
-
-
-def _coefficients(first: torch.Tensor, second: torch.Tensor, params: SlerpParams) -> tuple[float, float]:
-    """What multiplies each of two flattened tensors."""
-    norms = first.norm() * second.norm()
-    cosine = float(first @ second / norms) if norms > 0 else 1.0
+    found = list(pieces(_products))
+    inner, first, second = (math.fsum(part[index] for part in found) for index in range(3))
+    norms = math.sqrt(first) * math.sqrt(second)
+    cosine = min(max(inner / norms, -1.0), 1.0) if norms > 0 else 1.0
     if abs(cosine) > params.linear_above:
-        return 1 - params.t, params.t
-    angle = torch.arccos(torch.tensor(cosine, dtype=torch.float64))
-    shares = torch.sin(torch.tensor([1 - params.t, params.t], dtype=torch.float64) * angle) / torch.sin(angle)
-    return float(shares[0]), float(shares[1])
+        return torch.tensor([1 - params.t, params.t], dtype=torch.float64)
+    angle = math.acos(cosine)
+    shares = [math.sin((1 - params.t) * angle), math.sin(params.t * angle)]
+    return torch.tensor(shares, dtype=torch.float64) / math.sin(angle)
+
+
+def slerp(
+    base: torch.Tensor | None, experts: torch.Tensor, params: SlerpParams, *, numbers: torch.Tensor
+) -> torch.Tensor:
+    """Between two experts, (2, *shape), or from the base to the one expert, (1, *shape) -> (*shape), float32."""
+    first, second = _pair(base, experts)
+    return (first * float(numbers[0])).add_(second * float(numbers[1]))
+
+
+def _pair(base: torch.Tensor | None, experts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if len(experts) == 2:
+        return experts[0], experts[1]
+    if base is None:
+        raise ValueError("slerp goes between two models: give two experts, or a base and one expert")
+    return base, experts[0]
+
+
+def _products(piece: Piece) -> list[float]:
+    """Inner product and squared norms of the two models in a piece, summed in float64, block by block."""
+    first, second = (tensor.flatten().double() for tensor in _pair(piece.base, piece.experts))
+    return [_summed(left * right) for left, right in ((first, second), (first, first), (second, second))]
+
+
+def _summed(values: torch.Tensor) -> float:
+    """The sum of blocks' sums, so that threads, which share blocks out, change no bit of it."""
+    whole = len(values) // _BLOCK * _BLOCK
+    sums = values[:whole].view(-1, _BLOCK).sum(1).tolist()
+    return math.fsum([*sums, float(values[whole:].sum())])

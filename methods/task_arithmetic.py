@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from methods.lazy import torch
 from methods.parameters import finite, per_expert, tunable
-from methods.primitives import add_up
+from methods.primitives import changes
 
 
 @dataclass(frozen=True)
@@ -32,5 +32,5 @@ def task_arithmetic(base: torch.Tensor, experts: torch.Tensor, params: TaskArith
     Raises:
         ValueError: There are not as many weights as experts.
     """
-    weights = per_expert("weights", params.weights or 1.0, len(experts))
-    return base + params.scale * add_up(experts - base, weights)
+    weights = per_expert("weights", params.weights, len(experts)) if params.weights else None
+    return changes(base, experts, weights).mul_(params.scale).add_(base)

@@ -1,18 +1,21 @@
 """TIES merging: trim each expert's change, elect one sign per weight, merge what agrees.
 
 Source: Yadav et al. 2023, arXiv:2306.01708, Algorithm 1.
-Differs: nothing with scope=model and disjoint=mean. scope=tensor trims each tensor on its own, as mergekit does.
+Differs: nothing with scope=model, disjoint=mean and no weights. scope=tensor trims each tensor on its own, as mergekit
+does; weights are mergekit's: they count in the vote, and the mean is divided by the sum of those that agree.
 Exactly the given share is kept, where the authors' code and FusionBench keep one entry more; an exactly zero vote
 merges nothing, where FusionBench takes the majority sign of the whole model and mergekit plus.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from methods.kinds import Pieces
 from methods.lazy import torch
-from methods.parameters import finite, in_unit_interval, one_of, tunable
+from methods.parameters import finite, in_unit_interval, one_of, per_expert, shares, tunable
 from methods.primitives import agreeing, keep_above
 from methods.selection import kth_largest
 
@@ -25,26 +28,46 @@ class TiesParams:
     scale: float = tunable(1.0, low=0.1, high=2.0)  # multiplies the merged change (lambda in the paper)
     scope: str = "model"  # model: trim over all weights at once; tensor: trim each tensor on its own
     disjoint: str = "mean"  # how entries that agree merge: mean, sum or max
+    weights: list[float] | None = None  # one for each expert: of its vote and of its change; null for ones
+    densities: list[float] | None = None  # one for each expert, in the place of `density`; null for that
 
     def __post_init__(self) -> None:
         in_unit_interval("density", self.density)
         finite("scale", self.scale)
+        if self.weights is not None:
+            finite("weights", self.weights)
+        shares("densities", self.densities)
         one_of("scope", self.scope, ("model", "tensor"))
         one_of("disjoint", self.disjoint, ("mean", "sum", "max"))
 
 
 def thresholds(pieces: Pieces, params: TiesParams) -> torch.Tensor | None:
     """Smallest magnitude that each expert keeps, (T,), over the model or a tensor; None where all is kept."""
-    if params.density == 1:
+    densities = params.densities or params.density
+    if densities == 1 or densities == [1.0] * len(params.densities or ()):
         return None
-    return kth_largest(lambda: (piece.deltas for piece in pieces()), params.density)
+
+    def walk(function: Callable[[torch.Tensor], Any], limit: int | None = None) -> Iterable[Any]:
+        return pieces(lambda piece: function(piece.deltas), limit)
+
+    return kth_largest(walk, densities)
+
+
+def prepared(params: TiesParams) -> tuple[str, ...]:
+    """What `thresholds` reads once for the whole model, and so cannot differ from tensor to tensor."""
+    return ("density", "densities") if params.scope == "model" else ()
 
 
 def ties(
     base: torch.Tensor, experts: torch.Tensor, params: TiesParams, *, numbers: torch.Tensor | None
 ) -> torch.Tensor:
-    """Merge one tensor: base (*shape), experts (T, *shape), thresholds (T,) -> (*shape), all float32."""
+    """Merge one tensor: base (*shape), experts (T, *shape), thresholds (T,) -> (*shape), all float32.
+
+    Raises:
+        ValueError: There are not as many weights as experts.
+    """
+    weights = None if params.weights is None else per_expert("weights", params.weights, len(experts))
     deltas = experts - base
     if numbers is not None:
         deltas = keep_above(deltas, numbers)
-    return base + params.scale * agreeing(deltas, params.disjoint)
+    return base + params.scale * agreeing(deltas, params.disjoint, weights)

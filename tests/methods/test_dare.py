@@ -73,6 +73,19 @@ def test_base_rule_ties_is_ties_of_what_is_left(scope: str) -> None:
     torch.testing.assert_close(merged(deltas, seed=5, **params), expected)
 
 
+def test_weights_and_densities_of_each_expert_by_hand() -> None:
+    numbers = {0: torch.tensor([0.1, 0.9, 0.49]), 1: torch.tensor([0.5, 0.2, 0.99])}
+    base = torch.tensor([1.0, 1.0, 1.0])
+    experts = torch.tensor([[2.0, 3.0, 4.0], [5.0, 6.0, 7.0]])  # changes (1, 2, 3) and (4, 5, 6)
+    params = DareParams(densities=[0.5, 1.0], scale=1.0, weights=[2.0, 0.5])
+    assert dare(base, experts, params, numbers=None, draw=numbers.__getitem__).tolist() == [7.0, 3.5, 16.0]
+    params = DareParams(densities=[0.5, 1.0], scale=1.0, weights=[2.0, -0.5], base_rule="ties", trim=1, disjoint="sum")
+    assert dare(base, experts, params, numbers=None, draw=numbers.__getitem__).tolist() == [5.0, -1.5, 13.0]
+    params = DareParams(densities=[0.5, 1.0, 1.0])
+    with pytest.raises(ValueError, match="densities lists 3 numbers for 2 experts"):
+        dare(base, experts, params, numbers=None, draw=numbers.__getitem__)
+
+
 @pytest.mark.parametrize("field", ["density", "trim"])
 def test_shares_are_checked(field: str) -> None:
     with pytest.raises(ValueError, match=rf"{field} is a share in \(0, 1\], got 20"):

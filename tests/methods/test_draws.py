@@ -17,7 +17,7 @@ def numbers(
 
 def test_these_bits() -> None:
     """A change of these numbers changes every seeded result: it needs a new major version."""
-    expected = [0.03073829412460327, 0.21737313270568848, 0.5556702613830566, 0.1211470365524292]
+    expected = [0.4666595458984375, 0.030731201171875, 0.7677001953125, 0.2173614501953125]
     assert numbers((4,), seed=1, name="layer.weight").tolist() == expected
 
 
@@ -30,10 +30,10 @@ def test_uniform_in_zero_to_one() -> None:
     assert float(((counts - 2000) ** 2 / 2000).sum()) < 45  # chi-squared of 19 degrees, p = 0.0007
 
 
-@given(length=st.integers(1, 100), start=st.integers(0, 12), shape=st.sampled_from([(200,), (20, 10), (2, 5, 20)]))
+@given(length=st.integers(1, 100), start=st.integers(0, 6), shape=st.sampled_from([(200,), (20, 10), (2, 5, 20)]))
 def test_a_piece_is_the_same_as_in_the_whole(length: int, start: int, shape: tuple[int, ...]) -> None:
     whole = numbers(shape).flatten()
-    assert torch.equal(numbers((length,), offset=8 * start), whole[8 * start : 8 * start + length])
+    assert torch.equal(numbers((length,), offset=16 * start), whole[16 * start : 16 * start + length])
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import harness.merge
+import harness.pieces
 from harness.merge import merge_state_dicts
 from tests.methods.in_numpy import Arrays, arrays, opcm_in_numpy, ties_by_tensor, ties_over_model
 
@@ -94,6 +94,18 @@ SAME = {
     "mk_task_arithmetic": ("task_arithmetic", {"weights": [0.4, 0.3, 0.2, 0.3], "scale": 0.7}),
     "mk_ties_d0.2": ("ties", {"density": 0.2, "scope": "tensor"}),
     "mk_ties_extras": ("ties", {"density": 0.25, "scope": "tensor"}),
+    "mk_ties_mixed": (
+        "ties",
+        {"densities": [0.1, 0.5, 0.9, 0.3], "weights": [0.4, 0.3, 0.2, 0.3], "scale": 0.8, "scope": "tensor"},
+    ),
+    "mk_ties_nonorm": (
+        "ties",
+        {"density": 0.4, "weights": [0.4, 0.3, 0.2, 0.3], "disjoint": "sum", "scope": "tensor"},
+    ),
+    "mk_ties_negative_weight": (
+        "ties",
+        {"density": 0.6, "weights": [0.8, -0.4, 0.6, 0.5], "disjoint": "sum", "scope": "tensor"},
+    ),
     "mk_slerp_0": ("slerp", {"t": 0.3}),
     "mk_slerp_extras": ("slerp", {"t": 0.4}),
     "mk_cli_linear": ("weighted_average", {"weights": [0.5, 0.3, 0.7]}),
@@ -139,7 +151,7 @@ def test_dare_with_the_peers_masks(name: str, monkeypatch: pytest.MonkeyPatch) -
 
         return draw
 
-    monkeypatch.setattr(harness.merge, "drawer", drawer)
+    monkeypatch.setattr(harness.pieces, "drawer", drawer)
     params = {"density": 1 - given["sparsity_ratio"], "scale": given["scaling_factor"], "rescale": given["rescale"]}
     if "threshold" in given:
         params |= {"base_rule": "ties", "trim": shares(name, given["threshold"]), "disjoint": given["merge_func"]}
@@ -163,23 +175,17 @@ def _fusion_bench_drops(
 # -- the conventions differ: an independent computation stands between -----------------------------------------------
 
 
-MK_TIES = ["mk_ties_d0.2", "mk_ties_mixed", "mk_ties_nonorm", "mk_ties_negative_weight", "mk_ties_rescale"]
-
-
-@pytest.mark.parametrize("name", MK_TIES)
-def test_ties_of_mergekit_but_for_weights_by_expert(name: str) -> None:
-    """mergekit weighs votes and experts; with weights of one and one density the same computation gives ours."""
+def test_ties_of_mergekit_but_for_matched_norms() -> None:
+    """mergekit can rescale what is left to the L1 norm of each task vector; without that the computation gives ours."""
+    name = "mk_ties_rescale"
     given = CASES[name]["hyperparameters"]
     base, experts = models_of(name)
-    density = given["density"] if isinstance(given["density"], list) else [given["density"]] * len(experts)
-    normalize, scale = given.get("normalize", True), given.get("lambda", 1.0)
     numbers = arrays(base), [arrays(expert) for expert in experts.values()]
-    rescale = given.get("rescale", False)
-    assert_golden(name, ties_by_tensor(*numbers, density, given["weight"], normalize, scale, rescale))
+    plain = [given["density"]] * len(experts), given["weight"], True, 1.0
+    assert_golden(name, ties_by_tensor(*numbers, *plain, True))
 
-    params = {"density": density[1], "scope": "tensor", "disjoint": "mean" if normalize else "sum", "scale": scale}
-    ours = merge_state_dicts(base, experts, "ties", params)
-    assert_near(ours, ties_by_tensor(*numbers, [density[1]] * 4, [1.0] * 4, normalize, scale), 2e-6)
+    params = {"density": given["density"], "weights": given["weight"], "scope": "tensor"}
+    assert_near(merge_state_dicts(base, experts, "ties", params), ties_by_tensor(*numbers, *plain, False), 2e-6)
 
 
 @pytest.mark.parametrize("threshold", [20, 50, 80])
@@ -228,7 +234,7 @@ def test_dare_divides_by_the_density_where_mergekit_matches_norms(monkeypatch: p
         )
 
     assert_golden(name, computed(given["weight"], by_norm=True))
-    monkeypatch.setattr(harness.merge, "drawer", drawer)
+    monkeypatch.setattr(harness.pieces, "drawer", drawer)
     ours = merge_state_dicts(base, experts, "dare", {"density": given["density"], "scale": 0.3})
     assert_near(ours, computed([0.3] * 4, by_norm=False), 2e-6)
 

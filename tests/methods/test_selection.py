@@ -10,7 +10,7 @@ from methods.selection import count_kept, kth_largest
 def threshold(values: torch.Tensor, density: float, n_pieces: int = 1) -> list[float]:
     """Of (T, n) values, walked in pieces."""
     pieces = [piece for piece in values.tensor_split(n_pieces, dim=1) if piece.numel()]
-    return kth_largest(lambda: pieces, density).tolist()
+    return kth_largest(lambda function, limit=None: [function(piece[:, :limit]) for piece in pieces], density).tolist()
 
 
 def test_by_hand() -> None:

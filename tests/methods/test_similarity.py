@@ -11,5 +11,5 @@ def test_by_hand() -> None:
     pieces = [Piece("w", base[:1], experts[:, :1]), Piece("v", base[1:], experts[:, 1:])]
     half = 0.5**0.5
     expected = [[1, 0, half, 0], [0, 1, half, 0], [half, half, 1, 0], [0, 0, 0, 0]]
-    found = cosine_similarities(lambda: pieces)
+    found = cosine_similarities(lambda function, limit=None: map(function, pieces))
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64))

@@ -35,6 +35,33 @@ def test_disjoint_by_hand() -> None:
     assert merged(density=1.0, disjoint="max") == [4.0, -5.0, -4.0, 1.0, 2.0, 6.0]
 
 
+def test_weights_by_hand() -> None:
+    """Nothing trimmed, weighed (4, -1, 3, .5, 2, -.5) and (1, -2.5, -2, .5, .25, 3): the third entry's vote turns."""
+    weights = [1.0, 0.5]
+    assert merged(density=1.0, disjoint="sum", weights=weights) == [5.0, -3.5, 3.0, 1.0, 2.25, 3.0]
+    mean = merged(density=1.0, disjoint="mean", weights=weights)
+    assert mean == pytest.approx([5 / 1.5, -3.5 / 1.5, 3.0, 1 / 1.5, 2.25 / 1.5, 6.0])
+    assert merged(density=1.0, disjoint="max", weights=weights) == [4.0, -2.5, 3.0, 0.5, 2.0, 3.0]
+
+
+def test_weights_of_one_change_no_bit() -> None:
+    deltas = torch.randn((3, 6), generator=torch.Generator().manual_seed(3))
+    for params in ({}, {"disjoint": "sum"}, {"disjoint": "max"}, {"scope": "tensor"}):
+        assert merged(deltas, weights=[1.0, 1.0, 1.0], **params) == merged(deltas, **params)
+
+
+def test_a_density_for_each_expert() -> None:
+    """Three of the first, (4, 0, 3, 0, 2, 0); all of the second."""
+    assert merged(densities=[0.5, 1.0], disjoint="sum") == [6.0, -5.0, -4.0, 1.0, 2.5, 6.0]
+    assert merged(densities=[0.5, 0.5], density=0.9) == merged(density=0.5)
+    with pytest.raises(ValueError, match="densities lists 1 numbers for 2 experts"):
+        merged(densities=[0.5])
+    with pytest.raises(ValueError, match=r"densities is a share in \(0, 1\], got 5"):
+        merged(densities=[0.5, 5.0])
+    with pytest.raises(ValueError, match="weights lists 3 numbers for 2 experts"):
+        merged(weights=[1.0, 2.0, 3.0])
+
+
 def test_a_vote_of_zero_merges_nothing() -> None:
     for disjoint in ("mean", "sum", "max"):
         assert merged(torch.tensor([[2.0] * 6, [-2.0] * 6]), density=1.0, disjoint=disjoint) == [0.0] * 6
