@@ -56,6 +56,28 @@ examples:
   crucible evaluate pool=clip_vit_b32_ta8 tasks=clip_ta8 expert=svhn
 """
 
+MERGE = """\
+examples:
+  crucible merge pool=causal_lm pool.base=org/base +pool.experts.chat=org/chat +pool.experts.code=PATH \\
+      method=ties method.density=0.3 output=merged
+  crucible merge pool=mini_lm method=slerp experts=[code] output=merged engine.dtype=bfloat16
+  crucible merge pool=mini_lm method=dare dry_run=true             look first: tensors, memory, disk, time
+  crucible merge ... output=merged engine.resume=true              go on after an interruption
+  crucible merge pool=mini_lm_lora output=adapter output_kind=adapter adapter.rank=8
+"""
+
+EXTRACT = """\
+examples:
+  crucible extract-lora --base org/base --tuned org/chat --rank 32 --output chat-lora
+  crucible extract-lora --base PATH --tuned PATH --energy 0.9 --output DIR
+"""
+
+IMPORT = """\
+examples:
+  crucible import-mergekit recipe.yml                    print our configuration for it
+  crucible import-mergekit recipe.yml --output my.yaml   and then: crucible merge experiment=my.yaml output=DIR
+"""
+
 LIST = """\
 examples:
   crucible list methods
@@ -74,6 +96,7 @@ BUILD = """\
 examples:
   crucible build-suite                            rebuild the embedded base, experts and data in place
   crucible build-suite --output DIR --seed 1      build them somewhere else
+  crucible build-suite --suite mini_lm            the language models
 """
 
 
@@ -119,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, command, about, examples in (
         ("run", _run, "merge a pool's experts and score the result on every task", RUN),
+        ("merge", _merge, "merge checkpoints into a checkpoint, without evaluation or tracking", MERGE),
         ("evaluate", _evaluate, "score one model or one expert without merging", EVALUATE),
         ("show", _show, "print the resolved configuration, with the range each parameter is searched in", SHOW),
     ):
@@ -128,10 +152,22 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--config-dir", type=Path, metavar="DIR", help="a directory like conf/ with choices of your own"
         )
+    sub = add("extract-lora", _extract_lora, "make a LoRA adapter of what fine-tuning has changed", EXTRACT)
+    sub.add_argument("--base", required=True, metavar="MODEL", help="hub id, path or MLflow URI")
+    sub.add_argument("--tuned", required=True, metavar="MODEL", help="the fine-tuned model")
+    sub.add_argument("--output", required=True, type=Path, metavar="DIR", help="the adapter's directory")
+    much = sub.add_mutually_exclusive_group(required=True)
+    much.add_argument("--rank", type=int, help="of every matrix")
+    much.add_argument("--energy", type=float, help="share of each matrix's squared norm to keep, in (0, 1]")
+    sub.add_argument("--save-rest", action="store_true", help="keep what is no linear layer whole, in modules_to_save")
+    sub = add("import-mergekit", _import_mergekit, "turn a mergekit recipe into a configuration", IMPORT)
+    sub.add_argument("recipe", type=Path, help="the YAML file")
+    sub.add_argument("--output", "-o", type=Path, metavar="FILE", help="write it here instead of printing it")
     sub = add("list", _list, "list what there is to choose from", LIST)
     sub.add_argument("what", choices=("methods", "pools", "tasks"))
     sub.add_argument("--config-dir", type=Path, metavar="DIR", help="a directory like conf/ with choices of your own")
     sub = add("build-suite", _build_suite, "train the embedded suite again: base, experts and data", BUILD)
+    sub.add_argument("--suite", choices=("mini_clip8", "mini_lm"), default="mini_clip8", help="default: mini_clip8")
     sub.add_argument("--output", type=Path, metavar="DIR", help="write DIR/pool and DIR/tasks (default: in place)")
     sub.add_argument("--seed", type=int, default=0, help="every random number follows from it (default: 0)")
     return parser
@@ -143,7 +179,7 @@ def _spelled(arguments: list[str]) -> list[str]:
     >>> _spelled(["run", "method=ties", "--method.density", "0.3", "--seed=1", "--from-run", "ab"])
     ['run', '--from-run', 'ab', 'method=ties', 'method.density=0.3', 'seed=1']
     """
-    if not arguments or arguments[0] not in ("run", "evaluate", "show"):
+    if not arguments or arguments[0] not in ("run", "merge", "evaluate", "show"):
         return arguments
     options, overrides = arguments[:1], list[str]()
     rest = iter(arguments[1:])
@@ -179,9 +215,55 @@ def _run(given: argparse.Namespace) -> None:
     config = _composed(given, given.overrides)
     if config.model is not None:
         raise UserError(f"model={config.model}: a written model is scored with `crucible evaluate`, `run` would merge")
+    if config.dry_run:
+        _merge(given)
+        return
     from harness.run import run
 
     _tell(run(config))
+
+
+def _merge(given: argparse.Namespace) -> None:
+    config = _composed(given, given.overrides)
+    if config.model is not None:
+        raise UserError(f"model={config.model}: a written model is scored with `crucible evaluate`")
+    from harness.direct import look, merge_only
+    from harness.track import termination_raises
+
+    if config.dry_run:
+        found = look(config)
+        print_table(*found.table())
+        print_table(("", ""), [*found.summary()])
+        return
+    with termination_raises():
+        print_table(("", ""), [*merge_only(config)])
+    print(f"the merged {config.output_kind} is in {config.output}")
+
+
+def _extract_lora(given: argparse.Namespace) -> None:
+    from harness.direct import refusals
+    from harness.extraction import extract_lora
+
+    with refusals():
+        facts = extract_lora(given.base, given.tuned, given.output, given.rank, given.energy, given.save_rest)
+    print(json.dumps(facts, indent=2))
+
+
+def _import_mergekit(given: argparse.Namespace) -> None:
+    from harness.import_mergekit import import_config
+
+    try:
+        text = given.recipe.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{given.recipe} cannot be read: {error}") from error
+    imported = import_config(text)
+    for note in imported.notes:
+        print(f"crucible: {note}", file=sys.stderr)
+    if given.output is None:
+        print(imported.yaml, end="")
+    else:
+        given.output.write_text(imported.yaml, encoding="utf-8")
+        print(f"{given.output} is written; run it with `crucible merge experiment={given.output} output=DIR`")
 
 
 def _evaluate(given: argparse.Namespace) -> None:
@@ -202,7 +284,8 @@ def _tell(outcome: Outcome) -> None:
         return
     from harness import report
 
-    print_table(*report.summary(outcome.scores, outcome.references.experts, outcome.references.base))
+    if outcome.scores:
+        print_table(*report.summary(outcome.scores, outcome.references.experts, outcome.references.base))
     print(f"run {outcome.run_id}" + (f", model {outcome.model_uri}" if outcome.model_uri else ""))
     print("look at it with `mlflow ui`, repeat it with `crucible run --from-run " + outcome.run_id + "`")
 
@@ -256,9 +339,15 @@ def _list(given: argparse.Namespace) -> None:
 
 
 def _build_suite(given: argparse.Namespace) -> None:
-    from harness.suite import build_suite
-
-    pool, tasks = ROOT / "pools" / "mini_clip8", ROOT / "tasks" / "mini_clip8"
+    pool, tasks = ROOT / "pools" / given.suite, ROOT / "tasks" / given.suite
     if given.output is not None:
         pool, tasks = given.output / "pool", given.output / "tasks"
-    print(json.dumps(build_suite(pool, tasks, seed=given.seed), indent=2))
+    if given.suite == "mini_lm":
+        from harness.suite_lm import build_suite_lm
+
+        scores = build_suite_lm(pool, tasks, seed=given.seed)
+    else:
+        from harness.suite import build_suite
+
+        scores = build_suite(pool, tasks, seed=given.seed)
+    print(json.dumps(scores, indent=2))

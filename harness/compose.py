@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from harness.config import ROOT, ConfigError, RunConfig, closest
+from harness.schedules import refused, split
 from harness.schema import Sections, check, inner, narrow, unfit
 from methods.catalogue import CATALOGUE
 
@@ -82,12 +83,12 @@ def from_yaml(text: str, overrides: Sequence[str] = (), *, config_dir: Path | No
 
 def to_yaml(config: RunConfig) -> str:
     """The configuration as YAML, from which `from_yaml` makes the same again; packaged paths stay portable."""
-    return OmegaConf.to_yaml(OmegaConf.create(_portable(dataclasses.asdict(config))))
+    return OmegaConf.to_yaml(OmegaConf.create(_tree(config)))
 
 
 def flat(config: RunConfig) -> dict[str, str]:
     """Every leaf by its dotted key, as text; `method`, `pool` and `tasks` are the names of the choices."""
-    tree = _portable(dataclasses.asdict(config))
+    tree = _tree(config)
     names = {group: tree.pop(name) for group, name in NAMES.items()}
     return names | dict(_leaves(tree))
 
@@ -104,6 +105,13 @@ def _leaves(tree: Tree, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", str(value)
+
+
+def _tree(config: RunConfig) -> Tree:
+    """The configuration as it is written: schedules in the places of the numbers that stand for them."""
+    tree = _portable(dataclasses.asdict(config))
+    tree["method"] |= tree.pop("schedules")
+    return tree
 
 
 def _portable(tree: Any) -> Any:
@@ -210,8 +218,10 @@ def _hydra(primary: str, groups: Groups, folders: list[Path], faults: list[str])
     for group, name in NAMES.items():
         if group in faulty:
             composed[group], composed[name] = None, UNKNOWN
-        elif group in chosen:
+        elif chosen.get(group) is not None:
             composed[name] = chosen[group].removeprefix("file ")
+        elif group in chosen:  # an experiment has taken the choice out, to give all of the section itself
+            composed.setdefault(name, "unnamed")
     return composed
 
 
@@ -231,16 +241,21 @@ def _finish(tree: DictConfig, values: list[Override], faults: list[str]) -> RunC
         faults.append(f"method={tree.method_name}: it is in conf/method but not in methods/catalogue.py")
     params = row.load_params() if row is not None else None
     hints = typing.get_type_hints(RunConfig) | {"method": params} | dict.fromkeys(faulty, Any)
-    kinds = Sections(RunConfig, frozenset(NAMES.values()), hints)
+    kinds = Sections(RunConfig, frozenset({*NAMES.values(), "schedules"}), hints)
     for override in values:
         if override.key_or_group.partition(".")[0] not in faulty:
             _apply(tree, override, kinds, faults)
     plain = _plain(tree, faults)
     if "pool" not in faulty:
         faults += narrow(plain)
-    config = check(plain, kinds, "", faults)
+    if "schedules" in plain:
+        faults.append("schedules: there is no such key; a schedule is written in the place of a method's number")
+    schedules: Tree = {}
+    if row is not None:
+        plain["method"], schedules = split(plain.get("method"), row, faults)
+    config = check(plain | {"schedules": schedules}, kinds, "", faults)
     if not faults and row is not None:
-        faults += unfit(config, row)
+        faults += [*unfit(config, row), *refused(config.method, schedules, row)]
     if faults:
         raise ConfigError(faults)
     return config

@@ -77,6 +77,26 @@ def own_share(fabric: Fabric, n: int) -> range:
     return range(fabric.global_rank, n, fabric.world_size)
 
 
+class FabricTeam:
+    """The processes of a run, as a merge asks of them; see `harness.output.Team`."""
+
+    def __init__(self, fabric: Fabric) -> None:
+        self._fabric = fabric
+        self.rank, self.size = fabric.global_rank, fabric.world_size
+
+    def agree(self, word: str) -> str:
+        """Rank zero's word, in every process."""
+        return self._fabric.broadcast(word, src=0)
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self._fabric.barrier()
+
+    def add(self, numbers: list[float]) -> list[float]:
+        """Sums over the processes, in every process."""
+        return sum_over_devices(self._fabric, torch.tensor(numbers, dtype=torch.float64)).tolist()
+
+
 def describe(fabric: Fabric) -> str:
     """Devices in words, for the run's tags."""
     if fabric.device.type == "cuda":

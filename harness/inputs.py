@@ -29,6 +29,7 @@ class Inputs:
     stats: Mapping[str, Tensors] | None = None  # expert -> tensor name -> statistic
     seed: int = 0
     device: torch.device = CPU
+    dtype: torch.dtype | None = None  # of the merged floating tensors; None: the base's
 
     @functools.cached_property
     def specs(self) -> dict[str, Spec]:

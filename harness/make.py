@@ -1,8 +1,8 @@
-"""From a method and the bench to merged tensors or a built module: one function for each kind of method."""
+"""From a method and the bench to a merge that is ready to be done, or a built module: one function for each kind."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from harness.adapt import LOSSES, STATISTICS, CoefficientObjective, Report, trai
 from harness.bench import Bench
 from harness.config import AdaptationSettings, UserError
 from harness.inputs import Inputs, MergeError, check
-from harness.merge import merge
+from harness.merge import Merge
 from methods.catalogue import find
 from methods.kinds import Kind, Row
 
@@ -31,19 +31,21 @@ class Job:
     adaptation: AdaptationSettings
     seed: int
     report: Report = lambda step, loss, coefficients: None
+    dtype: torch.dtype | None = None  # of the merged tensors; None: the base's
+    params_of: Callable[[str], Any] | None = None  # for each tensor's name, where parameters differ
 
     @property
     def inputs(self) -> Inputs:
         """Base and experts for the engine."""
         pool = self.bench.pool
-        return Inputs(pool.base, pool.experts, pool.roles, seed=self.seed, device=self.fabric.device)
+        return Inputs(pool.base, pool.experts, pool.roles, seed=self.seed, device=self.fabric.device, dtype=self.dtype)
 
 
 @dataclass(frozen=True)
 class Made:
-    """What came out: tensors, or a module."""
+    """What came out: a merge whose parameters and statistics are known, or a module."""
 
-    tensors: dict[str, torch.Tensor] | None = None
+    merge: Merge | None = None
     module: nn.Module | None = None
     coefficients: dict[str, torch.Tensor] | None = None  # what a search found: group's name -> (T,)
 
@@ -54,7 +56,7 @@ def make(job: Job) -> Made:
 
 
 def _rule(job: Job) -> Made:
-    return Made(tensors=_merged(job, merge(job.row, job.params, job.inputs)))
+    return Made(Merge(job.row, job.params, job.inputs, job.params_of))
 
 
 def _informed(job: Job) -> Made:
@@ -67,7 +69,7 @@ def _informed(job: Job) -> Made:
         examples = bench.adaptation(job.adaptation, job.seed, [expert])[expert]
         module = bench.pool.module(bench.pool.experts[expert]).to(job.fabric.device)
         stats[expert] = collect(job.fabric, module, examples, job.adaptation.batch_size, bench.pool.roles)
-    return Made(tensors=_merged(job, merge(job.row, job.params, replace(job.inputs, stats=stats))))
+    return Made(Merge(job.row, job.params, replace(job.inputs, stats=stats), job.params_of))
 
 
 def _search(job: Job) -> Made:
@@ -96,8 +98,8 @@ def _search(job: Job) -> Made:
     rule = find(job.row.rule)
     plain = rule.load_params()(scale=1.0)
     own = {name: replace(plain, weights=found[group_of[name]].tolist()) for name in names}
-    tensors = merge(rule, plain, job.inputs, params_of=own.__getitem__)
-    return Made(tensors=_merged(job, tensors), coefficients=dict(zip(groups, found, strict=True)))
+    done = Merge(rule, plain, job.inputs, own.__getitem__)
+    return Made(done, coefficients=dict(zip(groups, found, strict=True)))
 
 
 def _build(job: Job) -> Made:
@@ -149,7 +151,7 @@ def _own_tasks(job: Job) -> list[str]:
             f"{job.row.name} is fed the inputs of each expert's own task, and none is called {', '.join(lacking)}; "
             f"tasks are {', '.join(job.bench.tasks)}: add them, or leave these experts out with experts=[...]"
         )
-    return list(job.bench.pool.experts)
+    return job.bench.feeds(job.bench.pool.experts)
 
 
 def _refuse_non_finite(inputs: Inputs) -> None:
@@ -179,12 +181,6 @@ def _groups(granularity: str, names: list[str], layer_of: Callable[[str], int]) 
         return names, {name: index for index, name in enumerate(names)}
     layers = sorted({layer_of(name) for name in names})
     return [f"layer {layer}" for layer in layers], {name: layers.index(layer_of(name)) for name in names}
-
-
-def _merged(job: Job, tensors: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """All of the tensors, merged under a progress bar."""
-    total, title = len(job.inputs.specs), f"merging by {job.row.name}"
-    return dict(tqdm(tensors, total=total, desc=title, unit="tensor", disable=_silent(job.fabric)))
 
 
 def _silent(fabric: Fabric) -> bool | None:

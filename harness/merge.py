@@ -1,29 +1,130 @@
-"""The engine: applies a method to base and experts, tensor by tensor, in bounded memory.
+"""The engine: applies a method to base and experts, piece by piece, in bounded memory, by any number of workers.
 
-It asks the catalogue row what the method needs and never for its name. Arithmetic runs in float32 on one device;
-what comes out has the base's dtype. Integer buffers come from the base, floating buffers are averaged over the experts.
+It asks the catalogue row what the method needs and never for its name. Arithmetic runs in float32; what comes out has
+the base's dtype, or a chosen one. Integer buffers come from the base, floating buffers are averaged over the experts.
+The same bits come out for any number of workers and processes on one kind of device.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, replace
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 import torch
 
+from harness.crew import ALONE, Crew
 from harness.inputs import Inputs, MergeError, Tensors, check
+from harness.pieces import Job, cut, own_stream, pieces
 from methods.catalogue import find
-from methods.draws import drawer
-from methods.kinds import Base, Kind, Piece, Pieces, Roles, Row, resolve
+from methods.kinds import Base, Kind, Piece, Roles, Row, resolve
 from methods.primitives import average
 from methods.similarity import cosine_similarities
-from pools.faults import specs_of
+from pools.faults import Spec, recast, specs_of
+from pools.headers import CheckpointError
 from pools.roles import NamedRoles
 
-CHUNK = 1 << 20  # elements of an element-wise rule's piece; a multiple of 8, as draws ask
+Tick = Callable[[str, int], None]  # (phase, bytes read)
+
+
+class Sink(Protocol):
+    """Where merged tensors go, in any order and from several threads."""
+
+    def in_order(self) -> Sequence[str]:
+        """The names that are wanted, in the order in which they are best made."""
+        ...
+
+    def put_part(self, name: str, start: int, part: torch.Tensor) -> None:
+        """Take elements [start, start + len(part)) of a tensor, 1-D on the CPU, in the dtype it will have."""
+        ...
+
+
+class Memory:
+    """A sink that keeps the merged tensors."""
+
+    def __init__(self, specs: Mapping[str, Spec]) -> None:
+        self.tensors = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in specs.items()}
+
+    def in_order(self) -> Sequence[str]:
+        """All names."""
+        return list(self.tensors)
+
+    def put_part(self, name: str, start: int, part: torch.Tensor) -> None:
+        """Copy a part into its place."""
+        self.tensors[name].view(-1)[start : start + len(part)] = part
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge that is ready to be done."""
+
+    row: Row
+    params: Any
+    inputs: Inputs
+    params_of: Callable[[str], Any] | None = None  # for each tensor's name, where parameters differ
+
+    @functools.cached_property
+    def specs(self) -> dict[str, Spec]:
+        """Names, shapes and dtypes of what comes out."""
+        return recast(self.inputs.specs, self.inputs.dtype)
+
+    def of(self, name: str) -> Any:
+        """The parameters for a tensor."""
+        return self.params_of(name) if self.params_of else self.params
+
+    @functools.cached_property
+    def width(self) -> dict[str, int]:
+        """Bytes that are read for one element of each tensor."""
+        members = [specs_of(tensors) for tensors in self.inputs.experts.values()]
+        if self.inputs.base is not None and self.row.base is not Base.unused:
+            members.append(specs_of(self.inputs.base))
+        return {name: sum(member[name].dtype.itemsize for member in members) for name in self.inputs.specs}
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a merge, or a part of it, came to."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    error: float = 0.0  # sum of squared differences that rounding to the output's dtype has made
+    square: float = 0.0  # sum of squares of the merged weights
+    seconds: Mapping[str, float] | None = None  # by phase: prepare, merge
+
+    @property
+    def rounding_error(self) -> float:
+        """What rounding changed, relative to the merged weights: ||rounded - merged|| / ||merged||."""
+        return math.sqrt(self.error / self.square) if self.square else 0.0
+
+    def summary(self) -> list[tuple[str, str]]:
+        """The figures in words."""
+        seconds = sum((self.seconds or {}).values())
+        rate = (self.bytes_read + self.bytes_written) / max(seconds, 1e-9)
+        phases = ", ".join(f"{phase} {value:.2f} s" for phase, value in (self.seconds or {}).items())
+        return [
+            ("read", sized(self.bytes_read)),
+            ("written", sized(self.bytes_written)),
+            ("time", phases),
+            ("rate", f"{sized(rate)}/s"),
+            ("rounding error", f"{self.rounding_error:.2e}, relative"),
+        ]
+
+
+def sized(nbytes: float) -> str:
+    """Bytes in a handy unit.
+
+    >>> sized(2_200_000_000), sized(512)
+    ('2.05 GiB', '512 B')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.3g} TiB"
 
 
 def merge_state_dicts(
@@ -63,41 +164,76 @@ def merge_state_dicts(
     made = _make_params(row, params or {})
     if roles is None:
         roles = NamedRoles(specs_of(base if base is not None else next(iter(experts.values()), {})))
-    with torch.no_grad():
-        return dict(merge(row, made, Inputs(base, experts, roles, stats, seed)))
+    return merge(Merge(row, made, Inputs(base, experts, roles, stats, seed)))
 
 
-def merge(
-    row: Row,
-    params: Any,
-    inputs: Inputs,
-    params_of: Callable[[str], Any] | None = None,
-    report: Callable[[str, torch.Tensor], None] = lambda name, tensor: None,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Merge, yielding each tensor as it is done; all checks that need no weights come before the first.
+def merge(job: Merge, crew: Crew = ALONE, tick: Tick = lambda phase, n: None) -> dict[str, torch.Tensor]:
+    """Merge in memory; all checks that need no weights come before any is read."""
+    job = ready(job)
+    sink = Memory(job.specs)
+    merge_into(sink, job, crew, tick)
+    return sink.tensors
+
+
+def ready(job: Merge) -> Merge:
+    """The same merge, checked, with only the experts that the method reads.
+
+    Raises:
+        MergeError: All that is wrong, a line each; no weight was read.
+    """
+    job = replace(job, inputs=_selected(job.row, job.params, job.inputs))
+    check(job.row, job.inputs)
+    if job.row.kind is not Kind.fold:
+        _rehearse(job)
+    return job
+
+
+@torch.no_grad()
+def merge_into(
+    sink: Sink,
+    job: Merge,
+    crew: Crew = ALONE,
+    tick: Tick = lambda phase, n: None,
+    share: tuple[int, int] = (0, 1),
+) -> Done:
+    """Merge what the sink wants.
 
     Args:
-        row: The method; a rule, an informed rule or a fold.
-        params: Its params dataclass.
-        inputs: What is merged.
-        params_of: Params for each tensor's name, where they differ (coefficients that a search found).
-        report: Called with each merged tensor's name and the tensor.
+        sink: Takes the merged parts.
+        job: What `ready` has passed.
+        crew: Workers.
+        tick: Told of the bytes that were read, by phase.
+        share: This process's rank and how many there are: each merges its part of the bytes.
+
+    Raises:
+        MergeError: Weights are NaN or infinite, or the rule fails on a tensor.
     """
-    inputs = _selected(row, params, inputs)
-    check(row, inputs)
-    pairs = _fold(row, params, inputs) if row.kind is Kind.fold else _rules(row, params, inputs, params_of)
+    started = time.perf_counter()
+    if job.row.kind is Kind.fold:
+        return _fold(sink, job, tick) if share[0] == 0 else Done()
+    numbers = _prepared(job, crew, tick)
+    prepared = time.perf_counter()
+    whole = not job.row.elementwise or bool(job.row.stats) or _per_tensor(job)
+    wanted = [name for name in sink.in_order() if name in job.specs]
+    tasks = _own(list(cut(wanted, job.inputs, whole)), *share)
+    parts = []
+    with closing(crew.map(functools.partial(_work, job, numbers, sink), tasks)) as results:
+        for task, part in zip(tasks, results, strict=True):
+            parts.append(part)
+            tick("merge", (task.stop - task.start) * job.width[task.name])
+    return Done(
+        sum(part.bytes_read for part in parts),
+        sum(part.bytes_written for part in parts),
+        math.fsum(part.error for part in parts),
+        math.fsum(part.square for part in parts),
+        {"prepare": prepared - started, "merge": time.perf_counter() - prepared},
+    )
 
-    def reported() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in pairs:
-            report(name, tensor)
-            yield name, tensor
 
-    return reported()
-
-
-def task_vector_cosines(inputs: Inputs) -> torch.Tensor:
+def task_vector_cosines(inputs: Inputs, crew: Crew = ALONE) -> torch.Tensor:
     """Cosine similarity of each pair of task vectors over all weights, (T, T) float64."""
-    return cosine_similarities(lambda: _all_pieces(find("task_arithmetic"), inputs))
+    job = Merge(find("task_arithmetic"), None, inputs)
+    return cosine_similarities(functools.partial(_walk, job, crew, lambda phase, n: None))
 
 
 def _make_params(row: Row, given: Mapping[str, Any]) -> Any:
@@ -121,49 +257,126 @@ def _selected(row: Row, params: Any, inputs: Inputs) -> Inputs:
     return replace(inputs, experts={name: inputs.experts[name] for name in names}, stats=stats)
 
 
-def _rules(
-    row: Row, params: Any, inputs: Inputs, params_of: Callable[[str], Any] | None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Apply a rule to every tensor."""
-    _rehearse(row, params, inputs)
-    over_model = getattr(params, "scope", "model") == "model"
-    numbers = None
-    if row.prepare and over_model and any(map(inputs.is_weight, inputs.specs)):
-        numbers = _prepare(row, params, lambda: _all_pieces(row, inputs))
-    for name, spec in inputs.specs.items():
-        if not inputs.is_weight(name):
-            yield name, _buffer(name, inputs)
-            continue
-        try:
-            if row.prepare and not over_model:
-                numbers = _prepare(row, params, functools.partial(_pieces, row, name, inputs))
-            own = params_of(name) if params_of else params
-            yield name, _apply(row, own, name, inputs, numbers)
-        except (RuntimeError, ValueError) as error:
-            if isinstance(error, MergeError):
-                raise
-            raise MergeError(f"{row.name} failed on {name} {spec.shape}: {error}") from error
+# -- numbers before the merge ------------------------------------------------------------------------------------------
 
 
-def _prepare(row: Row, params: Any, pieces: Pieces) -> torch.Tensor | None:
-    """The numbers per expert that a rule is given."""
-    return resolve(row.prepare)(pieces, params)
+def _per_tensor(job: Merge) -> bool:
+    """Whether the prepare pass is over each tensor on its own."""
+    return bool(job.row.prepare) and (job.row.per_tensor or getattr(job.params, "scope", "model") == "tensor")
 
 
-def _apply(row: Row, params: Any, name: str, inputs: Inputs, numbers: torch.Tensor | None) -> torch.Tensor:
-    """One merged tensor, in the reference's dtype."""
-    merged = torch.empty(inputs.specs[name].shape, dtype=inputs.specs[name].dtype)
-    flat = merged.view(-1)
-    offset = 0
-    for piece in _pieces(row, name, inputs):
-        result = _call(row, params, piece, numbers)
-        flat[offset : offset + result.numel()] = result.reshape(-1)
-        offset += result.numel()
-    if not torch.isfinite(flat).all():
-        raise MergeError(
-            f"{name} {tuple(merged.shape)} came out beyond the range of {merged.dtype}; a smaller scale may help"
-        )
-    return merged
+def _prepared(job: Merge, crew: Crew, tick: Tick) -> torch.Tensor | None:
+    """The numbers over the whole model that the rule is given."""
+    if not job.row.prepare or _per_tensor(job) or not any(map(job.inputs.is_weight, job.inputs.specs)):
+        return None
+    return resolve(job.row.prepare)(functools.partial(_walk, job, crew, tick), job.params)
+
+
+def _walk(
+    job: Merge, crew: Crew, tick: Tick, function: Callable[[Piece], Any], limit: int | None = None
+) -> Iterator[Any]:
+    """`methods.kinds.Pieces` over the whole model."""
+    names = filter(job.inputs.is_weight, job.inputs.specs)
+    whole = not job.row.elementwise or bool(job.row.stats)
+    tasks = list(cut(names, job.inputs, whole))
+
+    def work(task: Job) -> list[Any]:
+        with own_stream(job.inputs.device), torch.no_grad():
+            return [function(piece) for piece in pieces(job.row, job.inputs, task, limit)]
+
+    for task, found in zip(tasks, crew.map(work, tasks), strict=True):
+        tick("prepare", min(task.stop - task.start, limit or task.stop) * job.width[task.name])
+        yield from found
+
+
+def _numbers_of(job: Merge, task: Job, params: Any) -> torch.Tensor | None:
+    """The numbers over one tensor that the rule is given."""
+
+    def walk(function: Callable[[Piece], Any], limit: int | None = None) -> Iterator[Any]:
+        return (function(piece) for piece in pieces(job.row, job.inputs, task, limit))
+
+    return resolve(job.row.prepare)(walk, params)
+
+
+# -- the merge ---------------------------------------------------------------------------------------------------------
+
+
+def _own(tasks: list[Job], rank: int, n: int) -> list[Job]:
+    """A rank's share of the tasks: a run of them with its part of the elements."""
+    if n == 1:
+        return tasks
+    total = sum(task.stop - task.start for task in tasks)
+    own, before = [], 0
+    for task in tasks:
+        if min(before * n // max(total, 1), n - 1) == rank:
+            own.append(task)
+        before += task.stop - task.start
+    return own
+
+
+def _work(job: Merge, numbers: torch.Tensor | None, sink: Sink, task: Job) -> Done:
+    """Merge one job's elements and put them where they belong."""
+    name, spec = task.name, job.specs[task.name]
+    read = (task.stop - task.start) * job.width[name]
+    if not job.inputs.is_weight(name):
+        flat = _buffer_of(name, job).reshape(-1)[task.start : task.stop]
+        sink.put_part(name, task.start, flat)
+        return Done(read, flat.nbytes)
+    try:
+        with own_stream(job.inputs.device), torch.no_grad():
+            params = job.of(name)
+            if _per_tensor(job):
+                numbers = _numbers_of(job, task, params)
+            start, found = task.start, []
+            for piece in pieces(job.row, job.inputs, task):
+                result = _call(job.row, params, piece, numbers).reshape(-1)
+                rounded, error, square = _rounded(result, job, piece, spec)
+                sink.put_part(name, start, rounded)
+                start += len(rounded)
+                found.append(Done(0, rounded.nbytes, error, square))
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, MergeError | CheckpointError):
+            raise
+        raise MergeError(f"{job.row.name} failed on {name} {spec.shape}: {error}") from error
+    return Done(
+        read,
+        sum(part.bytes_written for part in found),
+        math.fsum(part.error for part in found),
+        math.fsum(part.square for part in found),
+    )
+
+
+def _rounded(result: torch.Tensor, job: Merge, piece: Piece, spec: Spec) -> tuple[torch.Tensor, float, float]:
+    """A merged piece in the output's dtype on the CPU, the squared rounding error, and the sum of squares."""
+    result = result.float()
+    square = _squares(result)
+    if not math.isfinite(square):
+        raise MergeError(_not_finite(piece, tuple(job.inputs.experts), spec))
+    if spec.dtype is torch.float32:
+        return result.cpu(), 0.0, square
+    rounded = result.to(spec.dtype)
+    lost = rounded.float().sub_(result)
+    error = _squares(lost)
+    if not math.isfinite(error):
+        raise MergeError(_not_finite(piece, tuple(job.inputs.experts), spec))
+    return rounded.cpu(), error, square
+
+
+def _squares(values: torch.Tensor) -> float:
+    """Sum of squares, (n,) float32; NaN or infinite if and only if a value is."""
+    found = float(torch.dot(values, values))
+    return found if math.isfinite(found) else float(values.double().square().sum())
+
+
+def _not_finite(piece: Piece, names: tuple[str, ...], spec: Spec) -> str:
+    """Whose weights are NaN or infinite, or that the merged ones are beyond their range."""
+    tensors = zip(names, piece.experts, strict=True)
+    whose = [f"expert {expert}" for expert, tensor in tensors if not torch.isfinite(tensor).all()]
+    if piece.base is not None and not torch.isfinite(piece.base).all():
+        whose.insert(0, "the base")
+    if whose:
+        return f"{piece.name} has NaN or infinite weights in {', '.join(whose)}; a merge would spread them"
+    return f"{piece.name} {tuple(spec.shape)} came out beyond the range of {spec.dtype}; a smaller scale may help"
 
 
 def _call(row: Row, params: Any, piece: Piece, numbers: torch.Tensor | None) -> torch.Tensor:
@@ -178,112 +391,80 @@ def _call(row: Row, params: Any, piece: Piece, numbers: torch.Tensor | None) -> 
     return row.load()(piece.base, piece.experts, params, **extras)
 
 
-def _all_pieces(row: Row, inputs: Inputs) -> Iterator[Piece]:
-    """Pieces of every tensor that the rule is applied to."""
-    for name in filter(inputs.is_weight, inputs.specs):
-        yield from _pieces(row, name, inputs)
-
-
-def _pieces(row: Row, name: str, inputs: Inputs) -> Iterator[Piece]:
-    """One tensor in float32, whole, or flat chunks of it where the rule is element-wise."""
-    base = None if inputs.base is None or row.base is Base.unused else inputs.base[name]
-    experts = [expert[name] for expert in inputs.experts.values()]
-    stats = inputs.stats_of(name) if row.stats else None
-    shape = inputs.specs[name].shape
-    if not row.elementwise:
-        yield _piece(row, name, inputs, base, experts, stats, shape, 0)
-        return
-    size = math.prod(shape)
-    flat_base = None if base is None else base.reshape(-1)
-    flat = [expert.reshape(-1) for expert in experts]
-    flat_stats = None if stats is None else stats.flatten(1) if stats.dim() > 1 else stats[:, None]
-    for start in range(0, size, CHUNK):
-        cut = slice(start, min(start + CHUNK, size))
-        yield _piece(
-            row,
-            name,
-            inputs,
-            None if flat_base is None else flat_base[cut],
-            [expert[cut] for expert in flat],
-            None if flat_stats is None else flat_stats[:, cut],
-            (cut.stop - cut.start,),
-            start,
-        )
-
-
-def _piece(
-    row: Row,
-    name: str,
-    inputs: Inputs,
-    base: torch.Tensor | None,
-    experts: Sequence[torch.Tensor],
-    stats: torch.Tensor | None,
-    shape: tuple[int, ...],
-    offset: int,
-) -> Piece:
-    """A piece on the device, checked to be finite."""
-    stacked = torch.empty((len(experts), *shape), dtype=torch.float32, device=inputs.device)
-    for index, expert in enumerate(experts):
-        stacked[index] = expert
-    first = None if base is None else base.to(inputs.device, torch.float32)
-    _check_finite(name, first, stacked, tuple(inputs.experts))
-    draw = drawer(inputs.seed, name, tuple(inputs.experts), shape, offset, inputs.device) if row.random else None
-    return Piece(name, first, stacked, draw, stats)
-
-
-def _check_finite(name: str, base: torch.Tensor | None, experts: torch.Tensor, names: tuple[str, ...]) -> None:
-    """Refuse NaN and infinite weights, naming whose they are."""
-    if (base is None or torch.isfinite(base).all()) and torch.isfinite(experts).all():
-        return
-    tensors = zip(names, experts, strict=True)
-    whose = [f"expert {expert}" for expert, tensor in tensors if not torch.isfinite(tensor).all()]
-    if base is not None and not torch.isfinite(base).all():
-        whose.insert(0, "the base")
-    raise MergeError(f"{name} has NaN or infinite weights in {', '.join(whose)}; a merge would spread them")
-
-
-def _buffer(name: str, inputs: Inputs) -> torch.Tensor:
+def _buffer_of(name: str, job: Merge) -> torch.Tensor:
     """Integer buffers are the base's; floating ones (running statistics) the mean over the experts."""
+    inputs, dtype = job.inputs, job.specs[name].dtype
     experts = [expert[name] for expert in inputs.experts.values()]
-    if experts and inputs.specs[name].dtype.is_floating_point:
-        return average(torch.stack([expert.float() for expert in experts])).to(inputs.specs[name].dtype)
+    if experts and dtype.is_floating_point:
+        return average(torch.stack([expert.float() for expert in experts])).to(dtype)
     if inputs.base is not None:
-        return inputs.base[name].clone()
+        return inputs.base[name].to(dtype, copy=True)
     if any(not torch.equal(expert, experts[0]) for expert in experts):
         raise MergeError(
             f"{name} is an integer buffer that differs between experts, and there is no base to take it from"
         )
-    return experts[0].clone()
+    return experts[0].to(dtype, copy=True)
 
 
-def _fold(row: Row, params: Any, inputs: Inputs) -> Iterator[tuple[str, torch.Tensor]]:
+def _fold(sink: Sink, job: Merge, tick: Tick) -> Done:
     """Merge expert after expert; the state, the base and one expert are in memory."""
+    inputs = job.inputs
     assert inputs.base is not None
     names = [name for name in inputs.specs if inputs.is_weight(name)]
 
     def weights(whose: str, tensors: Tensors) -> dict[str, torch.Tensor]:
         loaded = {name: tensors[name].to(inputs.device, torch.float32) for name in names}
+        tick("merge", sum(tensor.nbytes for tensor in loaded.values()))
         for name, tensor in loaded.items():
             if not torch.isfinite(tensor).all():
                 raise MergeError(f"{name} has NaN or infinite weights in {whose}; a merge would spread them")
         return loaded
 
-    fold = row.load()(weights("the base", inputs.base), params, inputs.roles)
+    started = time.perf_counter()
+    fold = job.row.load()(weights("the base", inputs.base), job.params, inputs.roles)
     for expert, tensors in inputs.experts.items():
         fold.update(weights(f"expert {expert}", tensors))
     merged = fold.result()
-    for name, spec in inputs.specs.items():
-        yield name, merged[name].to("cpu", spec.dtype) if name in merged else _buffer(name, inputs)
+    done = []
+    for name in sink.in_order():
+        if name not in job.specs:
+            continue
+        spec = job.specs[name]
+        if name in merged:
+            flat = merged[name].reshape(-1)
+            part, error, square = _rounded(flat, job, Piece(name, None, flat[None]), spec)
+        else:
+            part, error, square = _buffer_of(name, job).reshape(-1), 0.0, 0.0
+        sink.put_part(name, 0, part)
+        done.append(Done(0, part.nbytes, error, square))
+    read = sum(math.prod(spec.shape) * job.width[name] for name, spec in job.specs.items())
+    return Done(
+        read,
+        sum(part.bytes_written for part in done),
+        math.fsum(part.error for part in done),
+        math.fsum(part.square for part in done),
+        {"prepare": 0.0, "merge": time.perf_counter() - started},
+    )
 
 
-def _rehearse(row: Row, params: Any, inputs: Inputs) -> None:
+def _rehearse(job: Merge) -> None:
     """Run the rule on a few numbers: parameters that it refuses (a weight too many) fail before any weight is read."""
+    row, inputs = job.row, job.inputs
     n_experts = len(inputs.experts)
     base = None if inputs.base is None or row.base is Base.unused else torch.ones(2, 2)
     stats = torch.eye(2).repeat(n_experts, 1, 1) if row.stats else None  # non-negative and positive definite
     piece = Piece("rehearsal", base, torch.ones(n_experts, 2, 2), lambda index: torch.zeros(2, 2), stats)
     try:
-        numbers = _prepare(row, params, lambda: [piece]) if row.prepare else None
-        _call(row, params, piece, numbers)
+        rule_on(job, piece)
     except ValueError as error:
         raise MergeError(str(error)) from error
+
+
+def rule_on(job: Merge, piece: Piece) -> torch.Tensor:
+    """The rule with its prepare pass on one piece alone."""
+
+    def walk(function: Callable[[Piece], Any], limit: int | None = None) -> Iterable[Any]:
+        return [function(piece)]
+
+    numbers = resolve(job.row.prepare)(walk, job.params) if job.row.prepare else None
+    return _call(job.row, job.params, piece, numbers)

@@ -62,6 +62,8 @@ def _convert(value: Any, kind: Any) -> Any:
             return value
         if typing.get_origin(option) is list and isinstance(value, list):
             return [_convert(entry, typing.get_args(option)[0]) for entry in value]
+        if typing.get_origin(option) is dict and isinstance(value, dict):
+            return {str(key): _convert(entry, typing.get_args(option)[1]) for key, entry in value.items()}
         if isinstance(value, bool):
             if option is bool:
                 return value
@@ -144,6 +146,8 @@ def _worded(kind: Any) -> str:
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
     if typing.get_origin(kind) is list:
         return f"a list, each {_worded(typing.get_args(kind)[0])}"
+    if typing.get_origin(kind) is dict:
+        return "a mapping of keys"
     return (
         " or ".join(map(_worded, typing.get_args(kind))) if typing.get_args(kind) else words.get(kind, "another value")
     )
@@ -173,9 +177,9 @@ def unfit(config: RunConfig, row: Row) -> list[str]:
 
 def _unfit_experts(config: RunConfig, row: Row) -> list[str]:
     """The pool against what the method's row asks for."""
-    names, where, faults = tuple(config.pool.experts), f"the pool {config.pool_name}", []
+    names, where, faults = _merged_experts(config), f"the pool {config.pool_name}", []
     low, high = row.n_experts
-    if row.members:
+    if row.members and not config.pool.slices:
         try:
             resolve(row.members)(config.method, names)
         except ValueError as error:
@@ -197,6 +201,12 @@ def _unfit_experts(config: RunConfig, row: Row) -> list[str]:
         if isinstance(value, list) and len(value) != len(names):
             faults.append(f"method.{name} lists {len(value)} numbers for {len(names)} experts; give one for each")
     return faults
+
+
+def _merged_experts(config: RunConfig) -> tuple[str, ...]:
+    """The experts as the method is given them: where layers are stacked anew, one for each that a slice names."""
+    first = (config.pool.slices or [{}])[0].get("experts")
+    return tuple(map(str, first)) if isinstance(first, dict) else tuple(config.pool.experts)
 
 
 def _unfit_splits(config: RunConfig, row: Row) -> list[str]:

@@ -75,7 +75,7 @@ def open_run(
         return
     about = {**tags, **({"mlflow.parentRunId": parent} if parent else {})}
     about.update({**version_tags(), **git_tags(), **process_tags()})
-    with _termination_raises():
+    with termination_raises():
         client = connect()
         run_id = _start(client, experiment, name, about)
         run = recorded(client, run_id, about)
@@ -128,7 +128,7 @@ def _ended(client: MlflowClient, run_id: str, run: Run) -> Iterator[None]:
 
 
 @contextmanager
-def _termination_raises() -> Iterator[None]:
+def termination_raises() -> Iterator[None]:
     """Turn SIGTERM into an exception; only the main thread may, elsewhere signals stay as they are."""
 
     def terminate(number: int, frame: object) -> None:
