@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pools.headers import CheckpointError, closest_sibling
 
-# Weights in the one format that is read, and the small files around them; never code, never pickles.
+# Weights in the one format that is read, and the small files around them; no pickles, and code only where asked.
 PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md")
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 _TRACKED = ("models:/", "runs:/")
@@ -18,7 +18,9 @@ _TIMEOUT_S = 10.0  # until the hub answers
 Resolve = Callable[[str], Path]
 
 
-def locate(member: str, root: str | os.PathLike[str] | None = None, resolve: Resolve | None = None) -> Path:
+def locate(
+    member: str, root: str | os.PathLike[str] | None = None, resolve: Resolve | None = None, code: bool = False
+) -> Path:
     """Find the files of a member.
 
     Args:
@@ -27,6 +29,7 @@ def locate(member: str, root: str | os.PathLike[str] | None = None, resolve: Res
         root: With it, hub ids and relative paths are looked up as root/<member> and nowhere else; a revision is
             looked up as root/<org>/<name>@<revision> first, then as root/<org>/<name>.
         resolve: Gives the directory of `models:/` and `runs:/` members.
+        code: Python files may come from the hub too.
 
     Raises:
         CheckpointError: There is nothing of that name; the message says where it was looked for.
@@ -45,7 +48,7 @@ def locate(member: str, root: str | os.PathLike[str] | None = None, resolve: Res
     if place.exists():
         return place
     if _HUB_ID.match(name):
-        return _from_hub(name, revision or None)
+        return _from_hub(name, revision or None, (*PATTERNS, "*.py") if code else PATTERNS)
     return _existing(place, member)
 
 
@@ -65,7 +68,7 @@ def _existing(place: Path, member: str) -> Path:
     raise CheckpointError(f"there is no checkpoint at {place}{called}{closest_sibling(place)}")
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
+def _from_hub(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     """The snapshot in the hub's own cache, downloaded if it is not there yet.
 
     Raises:
@@ -78,7 +81,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
     local = f"to use a local copy, give its path instead, or put it under ROOT/{name} and set root=ROOT"
     try:
         found = snapshot_download(
-            name, revision=revision, allow_patterns=list(PATTERNS), etag_timeout=_TIMEOUT_S, local_files_only=_offline()
+            name, revision=revision, allow_patterns=list(patterns), etag_timeout=_TIMEOUT_S, local_files_only=_offline()
         )
     except GatedRepoError as error:
         raise CheckpointError(

@@ -10,24 +10,35 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from pools.checkpoint import Checkpoint
+from pools.choices import Choices
 from pools.clip import ClipPool
 from pools.headers import CheckpointError
+from pools.language import CausalLMPool, Seq2SeqPool, SequenceClassificationPool
 from pools.locate import Resolve, locate
-from pools.roles import ModuleRoles
+from pools.picked import Tensors
+from pools.roles import ModuleRoles, NamedRoles
+from pools.state_dict import StateDictPool
+from pools.write import Layout
 
-FAMILIES = {"clip": ClipPool}
+FAMILIES: dict[str, Any] = {
+    "clip": ClipPool,
+    "causal_lm": CausalLMPool,
+    "seq2seq": Seq2SeqPool,
+    "sequence_classification": SequenceClassificationPool,
+    "state_dict": StateDictPool,
+}
+_TAKEN = {"clip": (), "state_dict": ("merge", "rest", "slices")}  # choices of those that do not take all of them
 
 
 class Pool(Protocol):
     """Models of one family: read lazily, checked from their headers, run, fed and written."""
 
-    base: Checkpoint | None
-    experts: dict[str, Checkpoint]
+    base: Tensors | None
+    experts: dict[str, Tensors]
     family: str
 
     @property
-    def roles(self) -> ModuleRoles:
+    def roles(self) -> ModuleRoles | NamedRoles:
         """What the tensors' names mean."""
         ...
 
@@ -38,6 +49,10 @@ class Pool(Protocol):
 
     def faults(self) -> list[str]:
         """All that headers tell of what cannot be merged or run, a line each."""
+        ...
+
+    def layout(self, lineage: Mapping[str, Any], dtype: torch.dtype | None = None) -> Layout:
+        """What a merged model's directory holds."""
         ...
 
     def skeleton(self) -> nn.Module:
@@ -73,6 +88,7 @@ def open_pool(
     experts: Mapping[str, str],
     root: str | os.PathLike[str] | None = None,
     resolve: Resolve | None = None,
+    **choices: Any,
 ) -> Pool:
     """Find all members and read their headers.
 
@@ -82,21 +98,28 @@ def open_pool(
         experts: Name -> member, in the order that counts where order does.
         root: A directory laid out like the hub, to read instead of it.
         resolve: Gives the directory of `models:/` and `runs:/` members.
+        choices: Fields of `pools.choices.Choices`.
 
     Raises:
-        CheckpointError: All members that cannot be found or opened, a line each.
+        CheckpointError: All members that cannot be found or opened, a line each; or the family does not take a choice.
     """
     if family not in FAMILIES:
         raise CheckpointError(f"family is one of {', '.join(FAMILIES)}; got {family!r}")
+    chosen = Choices(**choices)
+    strange = [name for name in chosen.given() if name not in _TAKEN.get(family, chosen.given())]
+    if strange:
+        told = ", ".join(f"pool.{name}" for name in strange)
+        raise CheckpointError(f"{told}: pools of the family {family} do not take that; leave it out")
     members = ({None: base} if base is not None else {}) | dict(experts)
     found: dict[str | None, tuple[Path, str]] = {}
     faults: list[str] = []
     for name, member in members.items():
         try:
-            found[name] = locate(member, root, resolve), member
+            found[name] = locate(member, root, resolve, chosen.trust_remote_code), member
         except CheckpointError as error:
             faults.append(f"{'base' if name is None else f'expert {name}'}: {error}")
     if faults:
         raise CheckpointError("\n".join(faults))
     base_place = found.pop(None, None)
-    return FAMILIES[family](base_place, {str(name): place for name, place in found.items()})
+    places = {str(name): place for name, place in found.items()}
+    return FAMILIES[family](base_place, places) if family == "clip" else FAMILIES[family](base_place, places, chosen)

@@ -31,15 +31,23 @@ _BUFFERS = frozenset(
 _EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe|shared|relative_attention_bias|class_token|cls_token|pos)(\.|$)")
 _BEFORE = re.compile(r"embed|(^|\.)(wte|wpe|shared|stem|conv1|bn1|cls_token|pre_\w+|ln_pre)(\.|$)")
 _BLOCK = re.compile(r"^(?:(.*?)\.)?(\d+)\.")  # the first number in a name: the block it belongs to
-_MLP_SEGMENTS = ("mlp", "ffn", "feed_forward", "feedforward")
+_CONV1D = re.compile(r"(^|\.)(c_attn|c_proj|c_fc|q_attn)\.weight$")
+_MLP_SEGMENTS = ("mlp", "ffn", "feed_forward", "feedforward", "DenseReluDense")
 _MLP_CLASSES = re.compile(r"(MLP|FFN|FeedForward|DenseActDense|DenseGatedActDense)$")
 
 
 class NamedRoles:
     """Roles read off names and shapes alone, for state dicts whose module is not known."""
 
-    def __init__(self, specs: Mapping[str, Spec]) -> None:
+    def __init__(self, specs: Mapping[str, Spec], transposed: bool = False) -> None:
+        """Look at names.
+
+        Args:
+            specs: Shape and dtype by name.
+            transposed: The blocks' linear layers are stored as (in, out), as GPT-2's `Conv1D` does.
+        """
         self._specs = dict(specs)
+        self._transposed = transposed
         self._depths, self.n_layers = depths(self._specs)
 
     def is_buffer(self, name: str) -> bool:
@@ -47,13 +55,19 @@ class NamedRoles:
         if name.rpartition(".")[2] in _BUFFERS:
             return True
         shape = self._specs[name].shape if name in self._specs else ()
-        return name.endswith("attn.bias") and len(shape) == 4 and shape[:2] == (1, 1)  # GPT-2's causal mask
+        mask = name.endswith(("attn.bias", "attention.bias"))  # the causal mask of GPT-2, GPT-Neo and GPT-NeoX
+        return mask and len(shape) == 4 and shape[:2] == (1, 1)
 
     def is_linear(self, name: str) -> bool:
         """Whether the name is taken for the weight of a linear layer, (out, in)."""
         spec = self._specs.get(name)
         matrix = spec is not None and len(spec.shape) == 2 and spec.dtype.is_floating_point
-        return matrix and name.rpartition(".")[2] == "weight" and not _EMBEDDING.search(name)
+        linear = matrix and name.rpartition(".")[2] == "weight" and not _EMBEDDING.search(name)
+        return linear and not self.is_transposed(name)
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether the name is the weight of a linear layer stored as (in, out)."""
+        return self._transposed and bool(_CONV1D.search(name))
 
     def layer_of(self, name: str) -> int:
         """Depth: 0 for what comes before the first block, 1 to n for the blocks, n + 1 for what follows."""

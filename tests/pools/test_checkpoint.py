@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from pools.checkpoint import INDEX, SINGLE, Checkpoint
 from pools.faults import specs_of
 from pools.headers import DTYPES, CheckpointError
-from pools.write import write_directory
+from pools.write import Layout, write_directory
 
 DTYPE_LIST = sorted(DTYPES.values(), key=str)
 
@@ -140,7 +140,7 @@ def test_any_sharding_reads_back_with_one_fingerprint(tmp_path_factory, plan, sh
         tensors[name] = raw.to(torch.uint8).view(dtype).reshape(shape)
     place = tmp_path_factory.mktemp("any")
     save_file(tensors, place / "one.safetensors")
-    write_directory(place / "cut", specs_of(tensors), reversed(tensors.items()), shard_bytes=shard_bytes)
+    write_directory(place / "cut", Layout(specs_of(tensors)), reversed(tensors.items()), shard_bytes=shard_bytes)
     whole, cut = Checkpoint(place / "one.safetensors"), Checkpoint(place / "cut")
     assert whole.fingerprint == cut.fingerprint
     assert {name: bits(tensor) for name, tensor in cut.items()} == {

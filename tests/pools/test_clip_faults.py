@@ -58,7 +58,7 @@ def test_members_that_cannot_be_opened_are_gathered(copied):
     assert [line.partition(":")[0] for line in str(caught.value).splitlines()] == ["base", "expert red"]
     with pytest.raises(CheckpointError, match="neither a base nor experts"):
         open_pool("clip", None, {})
-    with pytest.raises(CheckpointError, match="family is one of clip; got 'clap'"):
+    with pytest.raises(CheckpointError, match=r"family is one of clip, .*; got 'clap'"):
         open_pool("clap", "base", {})
 
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from pools.checkpoint import INDEX, Checkpoint
 from pools.faults import Spec, specs_of
 from pools.headers import CheckpointError
-from pools.write import find_partials, partial_directory, write_directory
+from pools.write import Layout, find_partials, partial_directory, write_directory
 
 TENSORS = {f"layers.{i}.weight": torch.full((10, 10), float(i)) for i in range(5)}
 SPECS = specs_of(TENSORS)
@@ -21,7 +21,9 @@ SPECS = specs_of(TENSORS)
 def test_one_file_when_it_fits(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     names = write_directory(
-        tmp_path / "out", SPECS, TENSORS.items(), copies=[tmp_path / "config.json"], texts={"README.md": "é"}
+        tmp_path / "out",
+        Layout(SPECS, copies=(tmp_path / "config.json",), texts=lambda: {"README.md": "é"}),
+        TENSORS.items(),
     )
     assert names == ["README.md", "config.json", "model.safetensors"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
@@ -31,7 +33,7 @@ def test_one_file_when_it_fits(tmp_path):
 
 
 def test_shards_with_an_index_that_transformers_reads(tmp_path):
-    names = write_directory(tmp_path / "out", SPECS, TENSORS.items(), shard_bytes=900)
+    names = write_directory(tmp_path / "out", Layout(SPECS), TENSORS.items(), shard_bytes=900)
     assert names == [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)] + [INDEX]
     index = json.loads((tmp_path / "out" / INDEX).read_text())
     assert index["metadata"] == {"total_size": 2000}
@@ -45,7 +47,7 @@ def test_tensors_of_odd_sizes_are_aligned(tmp_path):
         "b": torch.ones(1, dtype=torch.float64),
         "c": torch.ones(1).bfloat16(),
     }
-    write_directory(tmp_path / "out", specs_of(tensors), tensors.items())
+    write_directory(tmp_path / "out", Layout(specs_of(tensors)), tensors.items())
     for name, entry in Checkpoint(tmp_path / "out").entries.items():
         assert entry.offset % tensors[name].element_size() == 0
 
@@ -53,7 +55,7 @@ def test_tensors_of_odd_sizes_are_aligned(tmp_path):
 def test_tensors_that_are_views_are_written_whole(tmp_path):
     square = torch.arange(9.0).reshape(3, 3)
     tensors = {"t": square.T, "column": square[:, 1], "grad": torch.ones(2, requires_grad=True)}
-    write_directory(tmp_path / "out", specs_of(tensors), tensors.items())
+    write_directory(tmp_path / "out", Layout(specs_of(tensors)), tensors.items())
     found = Checkpoint(tmp_path / "out")
     assert torch.equal(found["t"], square.T)
     assert torch.equal(found["column"], square[:, 1])
@@ -71,7 +73,7 @@ def test_tensors_that_are_views_are_written_whole(tmp_path):
 )
 def test_wrong_tensors_leave_nothing(tmp_path, tensors, message):
     with pytest.raises(CheckpointError, match=message):
-        write_directory(tmp_path / "out", SPECS, tensors)
+        write_directory(tmp_path / "out", Layout(SPECS), tensors)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -81,7 +83,7 @@ def test_an_error_in_the_merge_passes_and_leaves_nothing(tmp_path):
         raise ArithmeticError("layers.2.weight is no number")
 
     with pytest.raises(ArithmeticError, match="no number"):
-        write_directory(tmp_path / "out", SPECS, failing())
+        write_directory(tmp_path / "out", Layout(SPECS), failing())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -92,7 +94,7 @@ def test_nothing_has_the_final_name_before_the_end(tmp_path):
             assert (tmp_path / f".out.partial-{os.getpid()}").is_dir()
             yield pair
 
-    write_directory(tmp_path / "out", SPECS, watching())
+    write_directory(tmp_path / "out", Layout(SPECS), watching())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -100,20 +102,20 @@ def test_a_taken_directory_is_refused_before_the_merge(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").touch()
     with pytest.raises(CheckpointError, match="exists already"):
-        write_directory(tmp_path / "out", SPECS, iter(lambda: pytest.fail("the merge was started"), None))
+        write_directory(tmp_path / "out", Layout(SPECS), iter(lambda: pytest.fail("the merge was started"), None))
     assert (tmp_path / "out" / "file").exists()
 
 
 def test_an_empty_directory_is_filled(tmp_path):
     (tmp_path / "out").mkdir()
-    write_directory(tmp_path / "out", SPECS, TENSORS.items())
+    write_directory(tmp_path / "out", Layout(SPECS), TENSORS.items())
     assert len(Checkpoint(tmp_path / "out")) == 5
 
 
 def test_a_disk_too_small_is_refused_before_the_merge(tmp_path):
     specs = {"x": Spec((10**9, 10**9), torch.float32)}
     with pytest.raises(CheckpointError, match=r"e\+09 GiB are needed, its disk has .* GiB free; make room"):
-        write_directory(tmp_path / "out", specs, iter(lambda: pytest.fail("the merge was started"), None))
+        write_directory(tmp_path / "out", Layout(specs), iter(lambda: pytest.fail("the merge was started"), None))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -122,8 +124,8 @@ def test_a_disk_that_fills_on_the_way_leaves_nothing(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(CheckpointError, match=r"out could not be written: File too large .*nothing of it was left"):
-            write_directory(tmp_path / "out", SPECS, TENSORS.items())
+        with pytest.raises(CheckpointError, match=r"out could not be written: File too large .*nothing under"):
+            write_directory(tmp_path / "out", Layout(SPECS), TENSORS.items())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
@@ -132,19 +134,19 @@ def test_a_disk_that_fills_on_the_way_leaves_nothing(tmp_path):
 def test_a_parent_that_is_a_file_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="could not be written"):
-        write_directory(tmp_path / "file" / "out", SPECS, TENSORS.items())
+        write_directory(tmp_path / "file" / "out", Layout(SPECS), TENSORS.items())
 
 
 def test_a_killed_writer_leaves_no_final_name_and_is_found(tmp_path):
     script = (
         "import sys, os, signal, pathlib, torch\n"
-        "from pools.write import write_directory\n"
+        "from pools.write import Layout, write_directory\n"
         "from pools.faults import Spec\n"
         "def dying():\n"
         "    yield 'a', torch.ones(4)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "specs = {name: Spec((4,), torch.float32) for name in 'ab'}\n"
-        "write_directory(pathlib.Path(sys.argv[1]), specs, dying())\n"
+        "write_directory(pathlib.Path(sys.argv[1]), Layout(specs), dying())\n"
     )
     root = Path(__file__).resolve().parents[2]
     ended = subprocess.run([sys.executable, "-c", script, tmp_path / "out"], cwd=root, check=False)
