@@ -17,7 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 SPLITS = ("train", "validation", "test")
 FAMILIES = ("clip", "causal_lm", "seq2seq", "sequence_classification", "state_dict")
-METRICS = ("accuracy",)
+KINDS = {  # family -> the kinds of task that its models can be scored on
+    "clip": ("image_classification",),
+    "causal_lm": ("perplexity", "exact_match"),
+    "seq2seq": ("perplexity", "exact_match"),
+    "sequence_classification": ("text_classification",),
+    "state_dict": (),
+}
 DTYPES = ("float32", "bfloat16", "float16")
 VOCABULARIES = ("same", "base", "union")
 TOKEN_RULES = ("owner", "mean", "base")
@@ -107,37 +113,65 @@ class PoolSettings:
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """One data set with its splits, class names and prompt templates."""
+    """One data set with its splits and columns, and how it is scored."""
 
     path: str
     splits: dict[str, str]  # of train, validation, test -> the split as `datasets` spells it
+    kind: str = "image_classification"  # or perplexity, exact_match, text_classification
     image: str = "image"  # column
     label: str = "label"  # column
-    labels: list[str] | None = None  # class names in prompts; None: the data set's own
+    labels: list[str] | None = None  # class names, of images in prompts; None: the data set's own
     templates: list[str] = field(default_factory=lambda: ["a photo of a {}."])
+    text: str | None = "text"  # column, or a template of columns; None: the perplexity of targets that follow a prompt
+    prompt: str = "prompt"  # column, or a template of columns
+    target: str = "target"  # column, or a template of columns
+    max_new_tokens: int = 32  # of an answer
+    stop: str | None = None  # what ends an answer; None: the model's own end of text
+    block: int | None = None  # tokens seen at a time of all texts in a row; None: each text on its own
     subset: str | None = None  # the data set's configuration, where it has several
-    metric: str = "accuracy"
     version: int = 1
 
     def __post_init__(self) -> None:
         _hold(
             *((one_of, "splits", name, SPLITS) for name in self.splits),
+            (one_of, "kind", self.kind, tuple(dict.fromkeys(kind for kinds in KINDS.values() for kind in kinds))),
             (_filled, "templates", self.templates),
             *((_one_place, "templates", template) for template in self.templates),
-            (one_of, "metric", self.metric, METRICS),
+            (at_least, "max_new_tokens", self.max_new_tokens, 1),
+            (_filled, "stop", "any" if self.stop is None else self.stop),
+            (at_least, "block", 2 if self.block is None else self.block, 2),
+            (_text_for, self.kind, self.text, self.block),
             (at_least, "version", self.version, 1),
         )
 
 
 @dataclass(frozen=True)
+class LmEvalSettings:
+    """Tasks of lm-evaluation-harness, in its own words; needs the extra: pip install 'crucible[lm-eval]'."""
+
+    tasks: list[str] = field(default_factory=list)  # names, groups, tags or paths of YAML files
+    include_path: str | None = None  # a directory with more tasks
+    num_fewshot: int | None = None  # None: each task's own
+    limit: int | None = None  # documents of each task; None: all
+    batch_size: int = 8
+    apply_chat_template: bool = False
+
+    def __post_init__(self) -> None:
+        _hold(
+            (_distinct, "tasks", self.tasks),
+            (at_least, "num_fewshot", 0 if self.num_fewshot is None else self.num_fewshot, 0),
+            (at_least, "limit", 1 if self.limit is None else self.limit, 1),
+            (at_least, "batch_size", self.batch_size, 1),
+        )
+
+
+@dataclass(frozen=True)
 class TasksSettings:
-    """What a model is scored on."""
+    """What a model is scored on; without tasks it is merged and written only."""
 
     tasks: dict[str, TaskSettings] = field(default_factory=dict)
     root: str | None = None  # with it, a task's path is looked up as root/<path> and nowhere else
-
-    def __post_init__(self) -> None:
-        _filled("tasks", self.tasks)
+    lm_eval: LmEvalSettings = field(default_factory=LmEvalSettings)
 
 
 @dataclass(frozen=True)
@@ -256,6 +290,7 @@ class RunConfig:
     dry_run: bool  # say what would be done, from headers alone
     engine: EngineSettings
     adapter: AdapterSettings
+    schedules: dict[str, Any] = field(default_factory=dict)  # of `method`'s fields that differ by tensor; no key
 
     def __post_init__(self) -> None:
         _hold(
@@ -275,6 +310,13 @@ def _one_place(name: str, template: str) -> None:
         raise ValueError(f"{name} have one {{}} each, where the class name goes, got {template!r}")
 
 
+def _text_for(kind: str, text: str | None, block: int | None) -> None:
+    if kind == "text_classification" and text is None:
+        raise ValueError("text must name the column that is classified")
+    if block is not None and (kind != "perplexity" or text is None):
+        raise ValueError("block cuts the texts of a perplexity task; it goes with no prompts and no other kind")
+
+
 def _count_or_auto(name: str, value: Any) -> None:
     if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise ValueError(f"{name} is a whole number, at least 1, or auto, got {value!r}")
@@ -287,4 +329,4 @@ def _seed(name: str, value: int) -> None:
 
 def _distinct(name: str, values: list[str]) -> None:
     if len(set(values)) != len(values):
-        raise ValueError(f"{name} must name each expert once, got {', '.join(values)}")
+        raise ValueError(f"{name} must name each one once, got {', '.join(values)}")

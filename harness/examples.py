@@ -1,10 +1,10 @@
-"""A task's inputs as the model takes them: fed through the pool once, kept while they fit."""
+"""A task's rows for a model: images fed through the pool once and kept while they fit, texts as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
@@ -31,8 +31,9 @@ class Feeder(Protocol):
 
 @dataclass
 class Examples:
-    """Rows of one task's split as tensors."""
+    """Images of one task's split as tensors."""
 
+    kind: ClassVar[str] = "image_classification"
     rows: Rows
     pool: Feeder
     head: torch.Tensor  # (K, D)
@@ -71,6 +72,39 @@ class Examples:
         inputs = {key: torch.cat([part[key] for part, _ in parts]) for key in one}
         self._kept = inputs, torch.cat([labels for _, labels in parts])
         return True
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Rows of one language task's split: texts, pairs of prompt and target, or pairs of text and label."""
+
+    kind: str  # perplexity, exact_match or text_classification
+    rows: Sequence[Any]
+    pool: Any  # of language models
+    indices: Sequence[int]
+    labels: Sequence[str] = ()
+    expert: str | None = None  # whose head tells the classes; None: the base's
+    max_new_tokens: int = 32
+    stop: str | None = None
+    block: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def chosen(self, positions: Sequence[int]) -> list[Any]:
+        """Some of the rows."""
+        return [self.rows[self.indices[position]] for position in positions]
+
+    def batches(self, positions: Sequence[int], size: int) -> Iterator[list[Any]]:
+        """All of the positions, `size` at a time, the longest first, so that little is padded."""
+        rows = sorted(self.chosen(positions), key=_length, reverse=True)
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+
+
+def _length(row: Any) -> int:
+    """Characters of a row."""
+    return len(row) if isinstance(row, str) else sum(len(part) for part in row if isinstance(part, str))
 
 
 def choose(n_rows: int, wanted: int | None, seed: int) -> Sequence[int]:

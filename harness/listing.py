@@ -10,6 +10,8 @@ from harness.config import ROOT, ConfigError
 
 Lines = list[tuple[str, ...]]
 
+_YOURS = "an_expert_of_yours"
+
 
 def methods() -> tuple[tuple[str, ...], Lines]:
     """Every method with its kind, needs and paper, and what it does."""
@@ -33,15 +35,16 @@ def choices_of(what: str, config_dir: Path | None) -> tuple[tuple[str, ...], Lin
     from harness.compose import choices, compose
 
     group = "pool" if what == "pools" else "tasks"
+    extra = [f"+pool.experts.{_YOURS}=PATH"] if group == "pool" else []  # some pools are to be filled by the user
     rows: Lines = []
     for name, path in sorted(choices(group, config_dir=config_dir).items()):
         about = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("#").strip()
         try:
-            config = compose([f"{group}={name}", "method=simple_average"], config_dir=config_dir)
+            config = compose([f"{group}={name}", "method=simple_average", *extra], config_dir=config_dir)
         except ConfigError as error:
             rows.append((name, "-", "-", f"faulty: {error.faults[0].splitlines()[0]}"))
             continue
-        members = config.pool.experts if group == "pool" else config.tasks.tasks
+        members = [name for name in (config.pool.experts if group == "pool" else config.tasks.tasks) if name != _YOURS]
         rows.append((name, str(len(members)), ", ".join(members), about))
     return ("name", "experts" if group == "pool" else "tasks", "names", "what it is"), rows
 

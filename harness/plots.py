@@ -14,10 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.projections.polar import PolarAxes
 
+from harness.report import SHARES, share
+
 # Okabe and Ito's colours, told apart with any colour vision; black on white in print, too.
 MERGED, EXPERT, BASE = "#0072B2", "#E69F00", "#999999"
 INK, GRID = "#222222", "#DDDDDD"
-_SERIES = (("base", "base", BASE), ("accuracy", "merged", MERGED), ("expert", "own expert", EXPERT))
+_SERIES = (("base", "base", BASE), ("value", "merged", MERGED), ("expert", "own expert", EXPERT))
 MOST_ANNOTATED = 10  # tasks up to which a bar has room for its number
 MOST_CELLS = 220  # cells up to which a heat map has room for its numbers
 
@@ -47,11 +49,33 @@ def _percents(results: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     return [math.nan if row.get(key) is None else 100 * row[key] for row in results]
 
 
-def bars(results: Sequence[Mapping[str, Any]]) -> Figure:
-    """Accuracy of each task: merged beside the base and the task's own expert.
+def comparable(results: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """Rows whose numbers can stand on one axis, and what they are.
+
+    Scores of one metric that is a share stand as they are. Others are each divided by the own expert's, or the expert's
+    by them where lower is better; tasks without an expert are left out then.
+    """
+    metrics = {row["metric"] for row in results}
+    if len(metrics) == 1 and metrics <= set(SHARES):
+        return [dict(row) for row in results], next(iter(metrics))
+    known = [row for row in results if row["normalized"] is not None]
+    return [
+        {
+            "task": row["task"],
+            "value": row["normalized"],
+            "expert": 1.0,
+            "base": share(row["metric"], row["base"], row["expert"]),
+        }
+        for row in known
+    ], "normalized"
+
+
+def bars(results: Sequence[Mapping[str, Any]], what: str = "accuracy") -> Figure:
+    """A share for each task: merged beside the base and the task's own expert.
 
     Args:
-        results: Rows with `task`, `accuracy` and, where known, `expert` and `base`, shares in [0, 1].
+        results: Rows with `task`, `value` and, where known, `expert` and `base`, of `comparable`.
+        what: What the numbers are: accuracy, exact_match, normalized.
     """
     series = _known(results)
     n = len(results)
@@ -64,16 +88,29 @@ def bars(results: Sequence[Mapping[str, Any]]) -> Figure:
         drawn = axes.bar(places, heights, width * 0.94, label=label, color=colour, zorder=2)
         if n <= MOST_ANNOTATED:
             axes.bar_label(drawn, fmt="%.0f", fontsize=8, color=INK, padding=2)
-    mean = sum(_percents(results, "accuracy")) / n
+    mean = sum(_percents(results, "value")) / n
     axes.axhline(mean, color=MERGED, linewidth=1.2, linestyle="--", zorder=1, label=f"merged, average {mean:.1f} %")
     _task_labels(axes, [str(row["task"]) for row in results])
-    axes.set(ylabel="accuracy in %", ylim=(0, 108), xlim=(-0.6, n - 0.4), yticks=range(0, 101, 20))
+    top = _top(results)
+    axes.set(ylabel=_title(what), ylim=(0, 1.08 * top), xlim=(-0.6, n - 0.4), yticks=range(0, top + 1, top // 5))
     axes.grid(axis="y", color=GRID, zorder=0)
     handles, labels = axes.get_legend_handles_labels()
     order = sorted(range(len(labels)), key=lambda index: "average" in labels[index])  # the line last
     chosen = [handles[index] for index in order], [labels[index] for index in order]
     figure.legend(*chosen, loc="outside upper center", ncols=len(order), frameon=False, fontsize=10)
     return figure
+
+
+def _title(what: str) -> str:
+    return "score in % of the own expert's" if what == "normalized" else f"{what.replace('_', ' ')} in %"
+
+
+def _top(results: Sequence[Mapping[str, Any]]) -> int:
+    """Where an axis of percentages ends: at 100, or above the highest number."""
+    highest = max(
+        value for key in ("value", "expert", "base") for value in [*_percents(results, key), 0] if value == value
+    )
+    return max(100, 20 * math.ceil(highest / 20)) if highest <= 200 else 100 * math.ceil(highest / 100)
 
 
 def _task_labels(axes: Axes, names: Sequence[str]) -> None:
@@ -86,22 +123,24 @@ def _task_labels(axes: Axes, names: Sequence[str]) -> None:
             label.set_rotation_mode("anchor")
 
 
-def radar(results: Sequence[Mapping[str, Any]]) -> Figure:
+def radar(results: Sequence[Mapping[str, Any]], what: str = "accuracy") -> Figure:
     """The same numbers as closed lines, one spoke for each task; with fewer than three tasks, bars."""
     if len(results) < 3:
-        return bars(results)
+        return bars(results, what)
     size = 7.0 if len(results) <= MOST_ANNOTATED else 8.6
     figure = _figure(size, 0.94 * size)
     axes = cast(PolarAxes, _axes(figure, projection="polar"))
     angles = [2 * math.pi * index / len(results) for index in range(len(results))]
-    styles = {"base": ":", "expert": "--", "accuracy": "-"}
+    styles = {"base": ":", "expert": "--", "value": "-"}
     for key, label, colour in _known(results):
         values = _percents(results, key)
         axes.plot([*angles, angles[0]], [*values, values[0]], styles[key], color=colour, label=label, linewidth=2.2)
-        if key == "accuracy":
+        if key == "value":
             axes.fill(angles, values, color=colour, alpha=0.15)
-    axes.set(theta_offset=math.pi / 2, theta_direction=-1, ylim=(0, 100), yticks=range(20, 101, 20))
-    axes.set_yticklabels([f"{share} %" for share in range(20, 101, 20)], fontsize=8, color="#666666")
+    top = _top(results)
+    ticks = range(top // 5, top + 1, top // 5)
+    axes.set(theta_offset=math.pi / 2, theta_direction=-1, ylim=(0, top), yticks=ticks)
+    axes.set_yticklabels([f"{tick} %" for tick in ticks], fontsize=8, color="#666666")
     axes.set_rlabel_position(180 / len(results))
     axes.set_xticks(angles, [str(row["task"]) for row in results])
     for text, angle in zip(axes.get_xticklabels(), angles, strict=True):
@@ -110,7 +149,8 @@ def radar(results: Sequence[Mapping[str, Any]]) -> Figure:
     axes.tick_params(axis="x", pad=4)
     axes.grid(color=GRID)
     axes.spines["polar"].set_color(GRID)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=10)
+    title = None if what == "accuracy" else _title(what)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=10, title=title)
     return figure
 
 

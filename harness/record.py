@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ class DataInput:
     split: str
     n_rows: int | None = None
     labels: Sequence[str] = ()
+    columns: Mapping[str, str] = field(default_factory=lambda: {"image": "binary", "label": "long"})  # name -> type
 
 
 class Run:
@@ -229,7 +230,7 @@ def _dataset(data: DataInput) -> DatasetInput:
 
     local = Path(data.source).exists()
     source = {"uri": str(Path(data.source).resolve())} if local else {"path": data.source, "split": data.split}
-    schema = {"mlflow_colspec": [{"type": "binary", "name": "image"}, {"type": "long", "name": "label"}]}
+    schema = {"mlflow_colspec": [{"type": kind, "name": column} for column, kind in data.columns.items()]}
     profile = {"num_rows": data.n_rows, "num_classes": len(data.labels) or None, "fingerprint": data.fingerprint}
     name, digest = _identity(data)
     entity = Dataset(

@@ -8,7 +8,8 @@ import datasets
 import pytest
 from PIL import Image
 
-from tasks.image_classification import TaskError, open_task
+from tasks.image_classification import ImageClassification
+from tasks.splits import TaskError
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLITS = {"train": "train", "validation": "validation", "test": "test"}
@@ -16,7 +17,7 @@ SPLITS = {"train": "train", "validation": "validation", "test": "test"}
 
 @pytest.fixture
 def task(tiny_task):
-    return open_task("colors", str(tiny_task), SPLITS)
+    return ImageClassification("colors", str(tiny_task), SPLITS)
 
 
 def write(directory: Path, split: str, columns: dict, features: datasets.Features | None = None) -> Path:
@@ -53,30 +54,30 @@ def test_what_a_task_says_of_itself(task, tiny_task):
 
 
 def test_given_labels_and_templates_come_first(tiny_task):
-    task = open_task("c", str(tiny_task), SPLITS, ["r", "g", "b"], ["{}!"], version=3)
+    task = ImageClassification("c", str(tiny_task), SPLITS, ["r", "g", "b"], ["{}!"], version=3)
     assert (task.labels, task.templates, task.version) == (("r", "g", "b"), ("{}!",), 3)
 
 
 def test_splits_are_cut_as_datasets_spells_it(tiny_task):
     splits = {"train": "train[:80%]", "validation": "train[80%:]", "test": "test[:5]+validation[:2]"}
-    task = open_task("colors", str(tiny_task), splits)
+    task = ImageClassification("colors", str(tiny_task), splits)
     assert [len(task.rows(split)) for split in splits] == [24, 6, 7]
-    whole = open_task("colors", str(tiny_task), SPLITS).rows("train")
+    whole = ImageClassification("colors", str(tiny_task), SPLITS).rows("train")
     cut = [image.tobytes() for split in ("train", "validation") for image, _ in task.rows(split)]
     assert sorted(cut) == sorted(image.tobytes() for image, _ in whole)  # each row in one of them
     assert cut != [image.tobytes() for image, _ in whole]  # in another order: sorted data sets are cut fairly
-    again = open_task("colors", str(tiny_task), splits)
+    again = ImageClassification("colors", str(tiny_task), splits)
     assert again.fingerprint("validation") == task.fingerprint("validation")
 
 
 def test_a_root_takes_the_place_of_the_hub(tiny_task):
-    task = open_task("colors", "colors", SPLITS, root=tiny_task.parent)
+    task = ImageClassification("colors", "colors", SPLITS, root=tiny_task.parent)
     assert len(task.rows("test")) == 21
     assert task.source == "colors"
-    assert open_task("colors", "colors@main", SPLITS, root=str(tiny_task.parent)).labels == task.labels
-    assert len(open_task("colors", str(tiny_task), SPLITS, root="/nowhere").rows("test")) == 21
+    assert ImageClassification("colors", "colors@main", SPLITS, root=str(tiny_task.parent)).labels == task.labels
+    assert len(ImageClassification("colors", str(tiny_task), SPLITS, root="/nowhere").rows("test")) == 21
     with pytest.raises(TaskError, match=r"no data set at .*org/colors"):
-        open_task("colors", "org/colors", SPLITS, root=tiny_task.parent)
+        ImageClassification("colors", "org/colors", SPLITS, root=tiny_task.parent)
 
 
 def test_the_hubs_layout_with_its_card(tiny_task, tmp_path):
@@ -89,19 +90,19 @@ def test_the_hubs_layout_with_its_card(tiny_task, tmp_path):
     card = f"---\nconfigs:\n- config_name: full\n{files}test-*\n- config_name: odd\n{files}train-*\n"
     (tmp_path / "org" / "colors" / "README.md").write_text(card + "---\n# Colors\n")
     splits = {"train": "train", "test": "test"}
-    task = open_task("colors", "org/colors", splits, subset="full", root=tmp_path)
+    task = ImageClassification("colors", "org/colors", splits, subset="full", root=tmp_path)
     assert [len(task.rows(split)) for split in splits] == [42, 21]
-    assert len(open_task("colors", "org/colors", splits, subset="odd", root=tmp_path).rows("test")) == 42
+    assert len(ImageClassification("colors", "org/colors", splits, subset="odd", root=tmp_path).rows("test")) == 42
     with pytest.raises(TaskError, match=r"task colors: org/colors cannot be opened.*Config name is missing"):
-        open_task("colors", "org/colors", splits, root=tmp_path)
+        ImageClassification("colors", "org/colors", splits, root=tmp_path)
 
 
 def test_the_fingerprint_is_of_the_content(task, tiny_task, tmp_path):
     shutil.copytree(tiny_task, tmp_path / "elsewhere")
-    copy = open_task("other", str(tmp_path / "elsewhere"), SPLITS, ["x", "y", "z"])
+    copy = ImageClassification("other", str(tmp_path / "elsewhere"), SPLITS, ["x", "y", "z"])
     assert copy.fingerprint("test") == task.fingerprint("test")
     assert len({task.fingerprint(split) for split in SPLITS}) == 3
-    cut = open_task("cut", str(tiny_task), {"test": "test[:20]", "train": "test[1:]", "validation": "test"})
+    cut = ImageClassification("cut", str(tiny_task), {"test": "test[:20]", "train": "test[1:]", "validation": "test"})
     found = {cut.fingerprint(split) for split in SPLITS}
     assert len(found) == 3
     assert task.fingerprint("test") in found
@@ -109,8 +110,8 @@ def test_the_fingerprint_is_of_the_content(task, tiny_task, tmp_path):
 
 def test_the_fingerprint_is_the_same_in_another_process_and_cache(task, tiny_task, tmp_path):
     script = (
-        "import sys\nfrom tasks.image_classification import open_task\n"
-        "print(open_task('c', sys.argv[1], {'test': 'test'}).fingerprint('test'))"
+        "import sys\nfrom tasks.image_classification import ImageClassification\n"
+        "print(ImageClassification('c', sys.argv[1], {'test': 'test'}).fingerprint('test'))"
     )
     env = os.environ | {"HF_HOME": str(tmp_path), "PYTHONHASHSEED": "7"}
     command = [sys.executable, "-W", "error", "-c", script, str(tiny_task)]
@@ -123,7 +124,7 @@ def test_labels_count_in_the_fingerprint(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     for name, labels in (("one", [0, 1]), ("two", [1, 0])):
         write(tmp_path / name, "test", {"image": patches(2), "label": labels}, features)
-    one, two = (open_task(name, str(tmp_path / name), {"test": "test"}) for name in ("one", "two"))
+    one, two = (ImageClassification(name, str(tmp_path / name), {"test": "test"}) for name in ("one", "two"))
     assert one.fingerprint("test") != two.fingerprint("test")
 
 
@@ -132,7 +133,7 @@ def test_other_columns_may_be_called_anything(tmp_path):
         {"img": datasets.Image(), "fine": datasets.Value("int32"), "note": datasets.Value("string")}
     )
     write(tmp_path / "d", "test", {"img": patches(3), "fine": [0, 1, 1], "note": ["x"] * 3}, features)
-    task = open_task("d", str(tmp_path / "d"), {"test": "test"}, ["a", "b"], image="img", label="fine")
+    task = ImageClassification("d", str(tmp_path / "d"), {"test": "test"}, ["a", "b"], image="img", label="fine")
     assert task.rows("test")[2][1] == 1
 
 
@@ -144,14 +145,14 @@ def test_images_that_are_plain_bytes_are_decoded(tmp_path):
     write(tmp_path / "d", "test", {"image": [{"bytes": buffer.getvalue(), "path": None}], "label": [0]})
     write(tmp_path / "e", "test", {"image": [buffer.getvalue()], "label": [0]})
     for name in "de":
-        task = open_task(name, str(tmp_path / name), {"test": "test"}, ["a"])
+        task = ImageClassification(name, str(tmp_path / name), {"test": "test"}, ["a"])
         assert task.rows("test")[0][0].size == (3, 5)
         assert len(task.fingerprint("test")) == 64
 
 
 def test_a_missing_column_lists_what_there_is(tiny_task):
     with pytest.raises(TaskError, match=r"has no column img and no column fine; it has image, label"):
-        open_task("colors", str(tiny_task), SPLITS, image="img", label="fine")
+        ImageClassification("colors", str(tiny_task), SPLITS, image="img", label="fine")
 
 
 @pytest.mark.parametrize("expression", ["dev", "train[9x", "train[50%", "train[:200%]", ""])
@@ -159,7 +160,7 @@ def test_an_unknown_split_lists_what_there_is(tiny_task, expression):
     with pytest.raises(
         TaskError, match=r"(?s)split '.*' cannot be read from .*, which has train, validation, test: .*; a split is"
     ):
-        open_task("colors", str(tiny_task), {"test": expression})
+        ImageClassification("colors", str(tiny_task), {"test": expression})
 
 
 def test_a_split_the_task_lacks(task):
@@ -169,44 +170,44 @@ def test_a_split_the_task_lacks(task):
 
 def test_an_empty_split_is_refused(tiny_task, tmp_path):
     with pytest.raises(TaskError, match=r"validation split 'test\[:0\]' .* no data"):
-        open_task("colors", str(tiny_task), {"validation": "test[:0]", "test": "test"})
+        ImageClassification("colors", str(tiny_task), {"validation": "test[:0]", "test": "test"})
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a"])})
     write(tmp_path / "d", "train", {"image": patches(1), "label": [0]}, features)
     write(tmp_path / "d", "test", {"image": [], "label": []}, features)
     with pytest.raises(TaskError, match=r"test split 'test' .* no data"):
-        open_task("d", str(tmp_path / "d"), {"train": "train", "test": "test"})
+        ImageClassification("d", str(tmp_path / "d"), {"train": "train", "test": "test"})
     with pytest.raises(TaskError, match="has no splits"):
-        open_task("colors", str(tiny_task), {})
+        ImageClassification("colors", str(tiny_task), {})
 
 
 def test_labels_must_fit_the_classes(tiny_task, tmp_path):
     with pytest.raises(TaskError, match=r"2 labels are given, .* has 3 classes"):
-        open_task("colors", str(tiny_task), SPLITS, ["a", "b"])
+        ImageClassification("colors", str(tiny_task), SPLITS, ["a", "b"])
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     write(tmp_path / "d", "test", {"image": patches(3), "label": [0, 2, -1]}, features)
     with pytest.raises(TaskError, match=r"the column label of .* has no class names; give them as labels"):
-        open_task("d", str(tmp_path / "d"), {"test": "test"})
+        ImageClassification("d", str(tmp_path / "d"), {"test": "test"})
     with pytest.raises(TaskError, match=r"whole numbers from 0 to 1, found .*2"):
-        open_task("d", str(tmp_path / "d"), {"test": "test"}, ["a", "b"]).rows("test")
+        ImageClassification("d", str(tmp_path / "d"), {"test": "test"}, ["a", "b"]).rows("test")
 
 
 def test_labels_that_are_words_are_refused(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
     write(tmp_path / "d", "test", {"image": patches(2), "label": ["cat", "dog"]}, features)
     with pytest.raises(TaskError, match="whole numbers from 0 to 1, found 'cat', 'dog'"):
-        open_task("d", str(tmp_path / "d"), {"test": "test"}, ["cat", "dog"]).rows("test")
+        ImageClassification("d", str(tmp_path / "d"), {"test": "test"}, ["cat", "dog"]).rows("test")
 
 
 def test_what_is_no_data_set(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(TaskError, match="cannot be opened as a data set"):
-        open_task("x", str(tmp_path / "empty"), SPLITS)
+        ImageClassification("x", str(tmp_path / "empty"), SPLITS)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "test.parquet").write_bytes(b"PAR1nonsense")
     with pytest.raises(TaskError, match="cannot be opened as a data set"):
-        open_task("x", str(tmp_path / "broken"), {"test": "test"})
+        ImageClassification("x", str(tmp_path / "broken"), {"test": "test"})
     with pytest.raises(TaskError, match="there is no data set at digits"):
-        open_task("x", "digits", SPLITS)
+        ImageClassification("x", "digits", SPLITS)
 
 
 @pytest.mark.parametrize(
@@ -217,7 +218,7 @@ def test_what_is_no_data_set(tmp_path):
     ],
 )
 def test_a_hub_out_of_reach_is_told_at_once(env, words):
-    script = "from tasks.image_classification import open_task\nopen_task('c', 'org/name', {'test': 'test'})"
+    script = "from tasks.image_classification import ImageClassification as C\nC('c', 'org/name', {'test': 'test'})"
     command = [sys.executable, "-c", script]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, check=False, timeout=30
