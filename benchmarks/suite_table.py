@@ -20,6 +20,7 @@ from harness.compose import compose
 from harness.evaluate import evaluate
 from harness.execute import launch
 from harness.make import Job, make
+from harness.merge import merge
 from harness.run import run
 from harness.track import local_path
 from methods.catalogue import CATALOGUE, find
@@ -51,9 +52,9 @@ def validated(fabric: Fabric, bench: Bench, method: str, overrides: list[str]) -
     """Mean accuracy on the validation split."""
     config = compose([f"method={method}", *overrides, "evaluation.split=validation"])
     made = make(Job(find(method), config.method, bench, fabric, config.adaptation, config.seed))
-    module = made.module if made.module is not None else bench.pool.module(dict(made.tensors))
+    module = made.module if made.module is not None else bench.pool.module(merge(made.merge))
     tasks = bench.evaluation(config.evaluation, config.seed)
-    scores = [score.accuracy for score in evaluate(fabric, module, tasks, config.evaluation.batch_size)]
+    scores = [score.value for score in evaluate(fabric, module, tasks, config.evaluation.batch_size)]
     return math.fsum(scores) / len(scores)
 
 
@@ -83,7 +84,7 @@ def main() -> None:
     print(f"\n| method | tuned on validation | {' | '.join(tasks)} | average | normalised |")
     print(f"|---|---|{'---:|' * (len(tasks) + 2)}")
     for method, chosen, outcome in sorted(rows, key=lambda row: row[2].metrics["average/accuracy"]):
-        cells = " | ".join(f"{100 * score.accuracy:.1f}" for score in outcome.scores)
+        cells = " | ".join(f"{100 * score.value:.1f}" for score in outcome.scores)
         metrics = outcome.metrics
         shares = f"{100 * metrics['average/accuracy']:.1f} | {100 * metrics['average/normalized']:.1f}"
         print(f"| `{method}` | {chosen} | {cells} | {shares} |")

@@ -14,7 +14,7 @@ from harness.compose import compose
 from harness.examples import Examples
 from harness.execute import launch
 from harness.make import Job, make
-from harness.merge import merge
+from harness.merge import Merge, merge
 from harness.track import local_path
 from methods.catalogue import find
 from pools.roles import ModuleRoles
@@ -206,10 +206,10 @@ def test_adamerging_lowers_the_entropy_of_the_inputs(workplace, granularity):
     assert len(made.coefficients) == {"task": 1, "layer": 4, "tensor": len(bench.pool.base)}[granularity]
     fed = bench.adaptation(config.adaptation, 0, bench.tasks)
     loss = Entropy(fabric, fed, batch_size=12, seed=0)
-    merged = bench.pool.module(made.tensors)
+    merged = bench.pool.module(merge(made.merge))
     with torch.no_grad():
         plain = find("task_arithmetic").load_params()(scale=0.3)
-        before = bench.pool.module(dict(merge(find("task_arithmetic"), plain, job.inputs)))
+        before = bench.pool.module(merge(Merge(find("task_arithmetic"), plain, job.inputs)))
     at_start, at_end = loss(lambda inputs: before(**inputs)), loss(lambda inputs: merged(**inputs))
     assert at_start == pytest.approx(losses[0], rel=1e-4)
     assert at_end < at_start - 0.01

@@ -184,15 +184,14 @@ def test_a_loss_that_is_no_number_is_a_matter_of_the_learning_rate(refused):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
 def test_a_full_disk(refused, monkeypatch, tmp_path):
-    """The writer's own file is the device that is always full: the kernel's ENOSPC, as of a real disk."""
+    """What is written goes to the device that is always full: the kernel's ENOSPC, as of a real disk."""
     from pools import write
 
-    class Full(write.FileIO):
-        def write(self, block):
-            with open("/dev/full", "wb", buffering=0) as full:
-                return full.write(block)
+    def full(descriptor, block, offset):
+        with open("/dev/full", "wb", buffering=0) as device:
+            return device.write(block)
 
-    monkeypatch.setattr(write, "FileIO", Full)
+    monkeypatch.setattr(write.os, "pwrite", full)
     said = refused(f"output={tmp_path / 'merged'}", "tracking.log_model=false")
     assert f"{tmp_path / 'merged'} could not be written: No space left on device" in said
     assert list(tmp_path.iterdir()) == []

@@ -93,10 +93,10 @@ def test_pools_and_tasks_are_listed_with_those_of_the_user(tmp_path: Path, capsy
     assert cli.main(["list", "pools", "--config-dir", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.split() == ["mine", "1", "x", "My", "own."] for line in lines)
-    assert any(line.startswith("clip_vit_b32_ta8  8") for line in lines)
+    assert any(line.split()[:2] == ["clip_vit_b32_ta8", "8"] for line in lines)
     (tmp_path / "pool" / "bad.yaml").write_text("family: clap\nexperts: {x: x}\n")
     assert cli.main(["list", "pools", "--config-dir", str(tmp_path)]) == 0
-    assert "family is one of clip; got 'clap'" in capsys.readouterr().out
+    assert "got 'clap'" in capsys.readouterr().out
     assert cli.main(["list", "tasks"]) == 0
     assert "sun397, stanford_cars, resisc45" in capsys.readouterr().out
 

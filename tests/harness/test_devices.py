@@ -33,7 +33,7 @@ def test_two_processes_give_the_metrics_of_one(workplace, method):
     assert two.info.status == "FINISHED"
     assert two.data.tags["device"] == "2 x cpu"
     for score in one.scores:
-        assert two.data.metrics[f"{score.task}/accuracy"] == score.accuracy  # of 21, 20 and 17 rows
+        assert two.data.metrics[f"{score.task}/accuracy"] == score.value  # of 21, 20 and 17 rows
         assert two.data.metrics[f"{score.task}/loss"] == pytest.approx(score.loss, abs=1e-5)
     for name, value in one.metrics.items():
         assert two.data.metrics[name] == pytest.approx(value, abs=1e-5)

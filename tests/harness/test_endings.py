@@ -21,7 +21,7 @@ def test_an_error_in_the_middle_ends_the_run_failed_with_its_traceback(workplace
         raise ZeroDivisionError("in the middle")
 
     before, models = set(workplace.runs()), workplace.models()
-    monkeypatch.setattr("harness.run.evaluate", broken)
+    monkeypatch.setattr("harness.assess.evaluate", broken)
     with pytest.raises(ZeroDivisionError):
         workplace.run("method=ties", "tracking.log_model=false", *QUICK)
     (run_id,) = set(workplace.runs()) - before

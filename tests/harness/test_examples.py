@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from harness import examples
-from harness.examples import Examples, choose, endless
+from harness.examples import Examples, Texts, choose, endless
 
 
 class Counts:
@@ -44,6 +44,14 @@ def test_batches_are_the_rows_asked_for(monkeypatch, kept):
 
 def test_no_positions_no_batches():
     assert list(Examples(rows(3), Counts(), torch.ones(3, 1), range(3)).batches([], 4)) == []
+
+
+def test_texts_come_the_longest_first_and_each_once():
+    rows = ["aa", "b", ("ccc", "dd"), ("e" * 9, 1), ""]
+    texts = Texts("perplexity", rows, Counts(), range(5))
+    assert list(texts.batches(range(5), 2)) == [[rows[3], rows[2]], [rows[0], rows[1]], [""]]
+    assert list(Texts("perplexity", rows, Counts(), [4, 1]).batches([0, 1], 9)) == [["b", ""]]
+    assert (len(texts), texts.chosen([2, 0])) == (5, [rows[2], "aa"])
 
 
 def test_a_choice_is_seeded_sorted_and_without_repeats():

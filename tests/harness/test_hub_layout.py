@@ -76,7 +76,7 @@ def test_every_task_can_be_fed_and_has_a_head(bench: Bench, config: RunConfig) -
 
 def test_validation_is_cut_from_train_and_apart_from_it(bench: Bench) -> None:
     for name, task in bench.tasks.items():
-        if "[" in task.splits["validation"]:
+        if "[" in task._splits.splits["validation"]:
             train, validation = (
                 {image.tobytes() for image, _ in task.rows(split)} for split in ("train", "validation")
             )

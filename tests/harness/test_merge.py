@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 import torch
 
-import harness.merge
-from harness.merge import Inputs, MergeError, check, merge, merge_state_dicts
+import harness.pieces
+from harness.inputs import Inputs, MergeError
+from harness.merge import Merge, merge, merge_state_dicts, ready
 from methods.catalogue import find
 from pools.faults import specs_of
 from pools.roles import NamedRoles
@@ -31,12 +33,12 @@ class Lazy(Mapping[str, torch.Tensor]):
     """A checkpoint whose header is known; counts what is read."""
 
     def __init__(self, tensors: State) -> None:
-        self._tensors, self.read = tensors, []
+        self._tensors, self.seen = tensors, []
         self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        self.read.append(name)
+        self.seen.append(name)
         return self._tensors[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -104,7 +106,7 @@ def test_only_a_chunk_of_a_tensor_reaches_an_elementwise_rule(monkeypatch: pytes
         return rule(base, experts, params)
 
     monkeypatch.setattr("methods.task_arithmetic.task_arithmetic", watched)
-    monkeypatch.setattr(harness.merge, "CHUNK", 16)
+    monkeypatch.setattr(harness.pieces, "CHUNK", 16)
     base, experts = {"w": torch.zeros(5, 8)}, {"a": {"w": torch.ones(5, 8)}}
     merged = merge_state_dicts(base, experts, "task_arithmetic", {"scale": 0.5})
     assert seen[-3:] == [(1, 16), (1, 16), (1, 8)]
@@ -114,40 +116,32 @@ def test_only_a_chunk_of_a_tensor_reaches_an_elementwise_rule(monkeypatch: pytes
 def test_checks_come_before_any_weight_is_read_and_tensors_one_by_one() -> None:
     base, experts = models()
     lazy = {name: Lazy(tensors) for name, tensors in experts.items()}
-    row = find("task_arithmetic")
-    check(row, inputs_of(Lazy(base), lazy))
-    pairs = merge(row, row.load_params()(), inputs_of(Lazy(base), lazy))
-    assert all(tensors.read == [] for tensors in lazy.values())
-    name, _ = next(pairs)
-    assert name == "fc.weight"
-    assert all(tensors.read == ["fc.weight"] for tensors in lazy.values())
+    job = ready(Merge(find("task_arithmetic"), find("task_arithmetic").load_params()(), inputs_of(Lazy(base), lazy)))
+    assert all(tensors.seen == [] for tensors in lazy.values())
+    merge(job)
+    assert all(tensors.seen == ["fc.weight", "fc.bias"] for tensors in lazy.values())
 
 
 def test_only_members_are_read() -> None:
     _, experts = models(3)
     lazy = {name: Lazy(tensors) for name, tensors in experts.items()}
     merge_state_dicts(None, lazy, "expert", {"expert": "e1"})
-    assert lazy["e1"].read
-    assert lazy["e0"].read == lazy["e2"].read == []
+    assert lazy["e1"].seen
+    assert lazy["e0"].seen == lazy["e2"].seen == []
 
 
-def test_parameters_of_each_tensor_and_what_is_reported() -> None:
+def test_parameters_of_each_tensor() -> None:
     """As a search hands over the coefficients that it found."""
     base, experts = models()
     row = find("task_arithmetic")
     params = row.load_params()(scale=1.0)
-    reported = {}
-    pairs = merge(
-        row,
-        params,
-        inputs_of(base, experts),
-        params_of=lambda name: dataclasses.replace(params, weights=[1.0, 0.0] if name == "fc.bias" else [0.0, 1.0]),
-        report=reported.__setitem__,
-    )
-    merged = dict(pairs)
+
+    def own(name: str) -> Any:
+        return dataclasses.replace(params, weights=[1.0, 0.0] if name == "fc.bias" else [0.0, 1.0])
+
+    merged = merge(Merge(row, params, inputs_of(base, experts), own))
     assert merged["fc.bias"].tolist() == [1.0, 1.0]
     assert merged["fc.weight"].tolist() == [[2.0] * 3] * 2
-    assert {name: tensor.tolist() for name, tensor in reported.items()} == {n: t.tolist() for n, t in merged.items()}
 
 
 def test_roles_that_are_given_rule() -> None:
@@ -169,4 +163,4 @@ def test_a_weight_too_many_fails_before_any_weight_is_read() -> None:
         stats = {name: {key: torch.ones_like(tensor) for key, tensor in base.items()} for name in experts}
         with pytest.raises(MergeError, match="weights lists 3 numbers for 2 experts"):
             merge_state_dicts(base, lazy, method, {"weights": [1.0] * 3}, stats if method == "fisher" else None)
-    assert all(tensors.read == [] for tensors in lazy.values())
+    assert all(tensors.seen == [] for tensors in lazy.values())

@@ -13,7 +13,7 @@ NAMES = [f"task_{index}_{'long_name' if index % 3 == 0 else 'x'}" for index in r
 
 
 def rows(n: int, **less) -> list[dict]:
-    return [{"task": name, "accuracy": 0.7, "expert": 0.95, "base": 0.4, **less} for name in NAMES[:n]]
+    return [{"task": name, "value": 0.7, "expert": 0.95, "base": 0.4, **less} for name in NAMES[:n]]
 
 
 def drawn(figure: Figure) -> list[Text]:
@@ -68,7 +68,7 @@ def test_without_references_only_the_merged_model_shows(plot):
 
 
 def test_one_unknown_reference_leaves_a_gap():
-    partly = [*rows(3), {"task": "new", "accuracy": 0.5, "expert": None, "base": 0.2}]
+    partly = [*rows(3), {"task": "new", "value": 0.5, "expert": None, "base": 0.2}]
     assert "own expert" in {text.get_text() for text in drawn(plots.bars(partly))}
     drawn(plots.radar(partly))
 
@@ -106,3 +106,34 @@ def test_similarity_is_square(n):
 def test_learning_curve(n):
     shown = {text.get_text() for text in drawn(plots.learning_curve([1 / (step + 1) for step in range(n)]))}
     assert {"step", "loss in nats"} <= shown
+
+
+def result(task: str, metric: str, value: float, expert: float | None, base: float | None = None) -> dict:
+    from harness.report import share
+
+    own = {"task": task, "metric": metric, "value": value, "expert": expert, "base": base}
+    return own | {"normalized": share(metric, value, expert)}
+
+
+def test_shares_of_one_metric_are_drawn_as_they_are():
+    shown, what = plots.comparable([result("a", "exact_match", 0.5, None), result("b", "exact_match", 0.7, 0.9)])
+    assert what == "exact_match"
+    assert [row["value"] for row in shown] == [0.5, 0.7]
+    assert "exact match in %" in {text.get_text() for text in drawn(plots.bars(shown, what))}
+
+
+def test_other_scores_are_drawn_relative_to_the_own_expert():
+    rows = [result("a", "perplexity", 8.0, 4.0, 16.0), result("b", "exact_match", 0.9, 0.6, 0.0)]
+    shown, what = plots.comparable([*rows, result("alone", "perplexity", 3.0, None)])
+    assert what == "normalized"
+    assert [(row["value"], row["expert"], row["base"]) for row in shown] == [(0.5, 1.0, 0.25), (1.5, 1.0, 0.0)]
+    figure = plots.bars(shown, what)
+    assert {"50", "150", "score in % of the own expert's"} <= {text.get_text() for text in drawn(figure)}
+    low, high = figure.axes[0].get_ylim()
+    assert (low, high > 150) == (0, True)
+    drawn(plots.radar([*shown, {**shown[0], "task": "c"}], what))
+
+
+def test_nothing_is_drawn_of_what_cannot_be_compared():
+    assert plots.comparable([result("a", "perplexity", 8.0, None)])[0] == []
+    assert plots.comparable([])[0] == []

@@ -96,6 +96,6 @@ def test_the_reference_of_an_expert_is_what_evaluating_it_gives(workplace):
     quick = "tracking.log_model=false", "evaluation.plots=false"
     alone = workplace.run("method=expert", "method.expert=blue", *quick)
     assert alone.references == known
-    assert {score.task: score.accuracy for score in alone.scores}["blue"] == known.experts["blue"]
+    assert {score.task: score.value for score in alone.scores}["blue"] == known.experts["blue"]
     base = workplace.run("method=base", *quick)
-    assert {score.task: score.accuracy for score in base.scores} == known.base
+    assert {score.task: score.value for score in base.scores} == known.base

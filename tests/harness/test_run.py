@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -16,12 +17,13 @@ import transformers
 from PIL import Image
 
 from harness import cli
+from harness.assess import summarise
 from harness.bench import open_bench
 from harness.compose import compose, flat, from_yaml
 from harness.evaluate import TaskScore
 from harness.rebuild import open_directory
 from harness.references import References
-from harness.run import run, score_model, summarise
+from harness.run import run, score_model
 from harness.track import config_of, local_path
 from methods.catalogue import find
 
@@ -65,7 +67,7 @@ def test_what_mlflow_holds(workplace, method):
     assert params["evaluation.batch_size"] == "128"
     assert all(len(params[f"fingerprint.{member}"]) == 64 for member in ("base", *TASKS))
     assert from_yaml(config_of(outcome.run_id)) == config
-    check_metrics(outcome, metrics, {"open", "merge", "write", "evaluate", "references", "plots"})
+    check_metrics(outcome, metrics, {"open", "prepare", "merge", "evaluate", "references", "plots"})
     check_artifacts(outcome, row)
     inputs = {each.dataset.name: each for each in found.inputs.dataset_inputs}
     assert set(inputs) == {f"{task}/test" for task in TASKS}
@@ -74,14 +76,14 @@ def test_what_mlflow_holds(workplace, method):
 
 def check_metrics(outcome, metrics: dict[str, float], phases: set[str]) -> None:
     for score in outcome.scores:
-        assert metrics[f"{score.task}/accuracy"] == score.accuracy
+        assert metrics[f"{score.task}/accuracy"] == score.value
         assert metrics[f"{score.task}/loss"] == score.loss
-        assert score.accuracy * score.n == pytest.approx(round(score.accuracy * score.n), abs=1e-4)
+        assert score.value * score.n == pytest.approx(round(score.value * score.n), abs=1e-4)
     assert [(score.task, score.n) for score in outcome.scores] == [("red", 21), ("green", 20), ("blue", 17)]
-    accuracies = [score.accuracy for score in outcome.scores]
+    accuracies = [score.value for score in outcome.scores]
     assert metrics["average/accuracy"] == pytest.approx(sum(accuracies) / 3)
     assert metrics["worst/accuracy"] == min(accuracies)
-    shares = [score.accuracy / outcome.references.experts[score.task] for score in outcome.scores]
+    shares = [score.value / outcome.references.experts[score.task] for score in outcome.scores]
     assert metrics["average/normalized"] == pytest.approx(sum(shares) / 3)
     for phase in phases:
         assert metrics[f"time/{phase}_s"] >= 0
@@ -108,7 +110,7 @@ def check_artifacts(outcome, row) -> None:
     experiment = mlflow.get_run(outcome.run_id).info.experiment_id
     table = mlflow.MlflowClient().load_table(experiment, "results.json", [outcome.run_id])
     assert list(table["task"]) == list(TASKS)
-    assert list(table["accuracy"]) == pytest.approx([score.accuracy for score in outcome.scores])
+    assert list(table["value"]) == pytest.approx([score.value for score in outcome.scores])
     assert list(table["expert"]) == pytest.approx([outcome.references.experts[task] for task in TASKS])
     lineage = json.loads(files["lineage.json"].read_text())
     assert list(lineage) == ["base", *TASKS]
@@ -129,7 +131,7 @@ def test_the_logged_model_gives_the_metrics_of_the_run(workplace, method):
         answer = model.predict(pandas.DataFrame({"image": [image for image, _ in rows]}), params={"task": score.task})
         chances = torch.tensor(answer["probabilities"].tolist())
         labels = torch.tensor([label for _, label in rows])
-        assert float((chances.argmax(1) == labels).float().mean()) == pytest.approx(score.accuracy, abs=1e-6)
+        assert float((chances.argmax(1) == labels).float().mean()) == pytest.approx(score.value, abs=1e-6)
         loss = torch.nn.functional.nll_loss(chances.log(), labels)
         assert float(loss) == pytest.approx(score.loss, abs=1e-5)
 
@@ -257,10 +259,26 @@ def test_another_seed_draws_otherwise(workplace):
 
 
 def test_an_average_of_scores_is_over_tasks():
-    scores = [TaskScore("a", 0.5, 1.0, 1000), TaskScore("b", 0.75, 2.0, 10)]
+    scores = [TaskScore("a", "accuracy", 0.5, True, 1.0, 1000), TaskScore("b", "accuracy", 0.75, True, 2.0, 10)]
     found = summarise(scores, References(experts={"a": 1.0, "b": 0.75}))
     assert found == {
-        "average/accuracy": 0.625, "average/loss": 1.5, "worst/accuracy": 0.5, "average/normalized": 0.75
+        "average/accuracy": 0.625, "average/loss": 1.5, "worst/accuracy": 0.5,
+        "average/normalized": 0.75, "worst/normalized": 0.5,
     }  # fmt: skip
     assert "average/normalized" not in summarise(scores, References(experts={"a": 1.0}))
     assert "average/normalized" not in summarise(scores, References(experts={"a": 1.0, "b": 0.0}))
+
+
+def test_metrics_are_averaged_each_in_its_own_way():
+    scores = [
+        TaskScore("a", "perplexity", 2.0, False, math.log(2), 5),
+        TaskScore("b", "perplexity", 8.0, False, math.log(8), 5),
+        TaskScore("c", "exact_match", 0.5, True, 1.0, 5),
+    ]
+    found = summarise(scores, References(experts={"a": 2.0, "b": 2.0, "c": 1.0}))
+    assert found == pytest.approx({
+        "average/loss": (math.log(16) + 1) / 3, "average/perplexity": 4.0, "worst/perplexity": 8.0,
+        "average/exact_match": 0.5, "worst/exact_match": 0.5,
+        "average/normalized": (1 + 0.25 + 0.5) / 3, "worst/normalized": 0.25,
+    })  # fmt: skip
+    assert summarise([], References()) == {}
