@@ -2,6 +2,7 @@
 
     python benchmarks/merge_llm.py --mergekit MERGEKIT_YAML  # 1.1 B parameters, all methods
     python benchmarks/merge_llm.py --mergekit ... --methods linear ties --repeats 5
+    python benchmarks/merge_llm.py --make-only --inputs DIR   # the inputs, and one with tokens of its own
     python benchmarks/merge_llm.py --growth                  # crucible alone: 0.1 to 4 B, 2 to 16 experts
 
 mergekit 0.1.5 wants an environment of its own: `python -m venv mk; mk/bin/pip install mergekit==0.1.5 "torch<2.14"`.
@@ -43,6 +44,7 @@ SIZES: dict[str, dict[str, int]] = {  # hidden, feed-forward, layers, heads, key
     "4": _size(3072, 8192, 38, 24, 4),
 }
 VOCABULARY = 32000
+TOKENIZER = tuple(ROOT / "pools" / "mini_lm" / "base" / name for name in ("tokenizer.json", "tokenizer_config.json"))
 # method -> our overrides, mergekit's YAML for the same computation, number of experts
 METHODS: dict[str, tuple[list[str], dict[str, Any], int]] = {
     "linear": (["method=weighted_average"], {"merge_method": "linear"}, 3),
@@ -87,7 +89,7 @@ def make_inputs(directory: Path, size: str, n_experts: int) -> None:
     from pools.write import Layout, write_directory
 
     specs = {name: Spec(shape, torch.bfloat16) for name, shape in shapes(size).items()}
-    layout = Layout(specs, texts=lambda: {"config.json": json.dumps(config(size), indent=2)})
+    layout = Layout(specs, {}, TOKENIZER, lambda: {"config.json": json.dumps(config(size), indent=2)})
 
     def tensors(member: int) -> Iterator[tuple[str, torch.Tensor]]:
         generator = torch.Generator()
@@ -104,6 +106,38 @@ def make_inputs(directory: Path, size: str, n_experts: int) -> None:
         if not place.exists():
             print(f"making {place.name} of {size} B parameters", file=sys.stderr)
             write_directory(place, layout, tensors(member), shard_bytes=1_000_000_000)
+
+
+def make_other_tokens(directory: Path, size: str) -> None:
+    """An expert whose tokenizer has two tokens more than the base's, and rows for them."""
+    import torch
+
+    from pools.checkpoint import Checkpoint
+    from pools.faults import specs_of
+    from pools.write import Layout, write_directory
+
+    place, expert = directory / "other_tokens", Checkpoint(directory / "expert_1")
+    if place.exists():
+        return
+    tokenizer = json.loads(TOKENIZER[0].read_text())
+    known = max(entry["id"] for entry in tokenizer["added_tokens"]) if tokenizer["added_tokens"] else 0
+    first = max(known, *tokenizer["model"]["vocab"].values()) + 1
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    tokenizer["added_tokens"] += [{"id": first + i, "content": f"<|new_{i}|>", **plain} for i in range(2)]
+    grown = [name for name, spec in specs_of(expert).items() if spec.shape[0] == VOCABULARY]
+    more = {name: torch.full((64, expert.shapes[name][1]), 0.01).bfloat16() for name in grown}
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in expert:
+            yield name, torch.cat([expert[name], more[name]]) if name in grown else expert[name]
+
+    specs = {
+        name: spec._replace(shape=(VOCABULARY + 64, *spec.shape[1:])) if name in grown else spec
+        for name, spec in specs_of(expert).items()
+    }
+    facts = {**config(size), "vocab_size": VOCABULARY + 64}
+    texts = {"config.json": json.dumps(facts, indent=2), "tokenizer.json": json.dumps(tokenizer)}
+    write_directory(place, Layout(specs, {}, TOKENIZER[1:], lambda: texts), tensors(), shard_bytes=1_000_000_000)
 
 
 def config(size: str) -> dict[str, Any]:
@@ -287,12 +321,17 @@ def main() -> None:
     parser.add_argument("--size", choices=SIZES, default="1.1", help="billions of parameters")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--make-only", action="store_true", help="make the inputs under --inputs, measure nothing")
     parser.add_argument("--growth", action="store_true", help="time and memory over sizes and numbers of experts")
     parser.add_argument("--sizes", nargs="*", default=["0.1", "0.5", "1.1", "2", "4"])
     parser.add_argument("--counts", nargs="*", type=int, default=[2, 4, 8, 16])
     parser.add_argument("--plot", type=Path, help="with --growth: write the plot here")
     given = parser.parse_args()
     sys.path.insert(0, str(ROOT))
+    if given.make_only:
+        make_inputs(given.inputs / given.size, given.size, 3)
+        make_other_tokens(given.inputs / given.size, given.size)
+        return
     with tempfile.TemporaryDirectory(dir=given.inputs.parent) as scratch:
         if given.growth:
             rows = growth(given.inputs, Path(scratch), given.sizes, given.counts, given.repeats)

@@ -60,7 +60,7 @@ def assess(
 
 def _scored(config: RunConfig, bench: Bench, fabric: Fabric, tracked: Run, module: nn.Module) -> list[TaskScore]:
     """The module's score on every task, recorded as it comes."""
-    tasks = bench.evaluation(config.evaluation, config.seed)
+    tasks = bench.evaluation(config.evaluation, config.seed, bench.reader)
     if not tasks:
         return []
     scores = []
@@ -76,7 +76,7 @@ def _asked(config: RunConfig, bench: Bench, fabric: Fabric, tracked: Run, module
     """What lm-evaluation-harness finds, recorded: a row for each metric; on rank zero, the others wait."""
     rows: list[dict[str, Any]] = []
     if bench.asked is not None and fabric.is_global_zero:
-        tokenizer, family = getattr(bench.pool, "tokenizer"), config.pool.family  # noqa: B009
+        tokenizer, family = getattr(bench.reader, "tokenizer"), config.pool.family  # noqa: B009
         with tracked.phase("lm_eval"):
             module = module.to(fabric.device)
             found = bench.asked.run(module, tokenizer, family, config.fabric.precision, config.seed)

@@ -32,8 +32,9 @@ class Bench:
 
     def __init__(self, pool: Pool, tasks: Mapping[str, Task], asked: Asked | None = None) -> None:
         self.pool, self.tasks, self.asked = pool, dict(tasks), asked
+        self.reader = pool  # feeds the model that is scored: a language model that was merged before has its own
         self._heads: dict[str, torch.Tensor] = {}
-        self._examples: dict[tuple[str, str, int | None, int], Examples | Texts] = {}
+        self._examples: dict[tuple[str, str, int | None, int, bool], Examples | Texts] = {}
 
     def head(self, task: str) -> torch.Tensor:
         """What turns the module's outputs into a task's logits, (K, D)."""
@@ -41,21 +42,25 @@ class Bench:
             self._heads[task] = self.pool.head(self.tasks[task].labels, self.tasks[task].templates)
         return self._heads[task]
 
-    def examples(self, task: str, split: str, limit: int | None = None, seed: int = 0) -> Examples | Texts:
-        """A task's split, or a seeded choice of `limit` of its rows."""
-        key = (task, split, limit, seed)
+    def examples(
+        self, task: str, split: str, limit: int | None = None, seed: int = 0, reader: Pool | None = None
+    ) -> Examples | Texts:
+        """A task's split, or a seeded choice of `limit` of its rows, fed by the pool or another `reader`."""
+        reader = reader or self.pool
+        key = (task, split, limit, seed, reader is self.pool)
         if key not in self._examples:
             rows = self.tasks[task].rows(split)
-            self._examples[key] = self._made(task, rows, choose(len(rows), limit, seed))
+            self._examples[key] = self._made(task, rows, choose(len(rows), limit, seed), reader)
         return self._examples[key]
 
-    def _made(self, task: str, rows: Any, indices: Sequence[int]) -> Examples | Texts:
+    def _made(self, task: str, rows: Any, indices: Sequence[int], reader: Pool) -> Examples | Texts:
         own = self.tasks[task]
         if not isinstance(own, LanguageTask):
-            return Examples(rows, self.pool, self.head(task), indices)
+            return Examples(rows, reader, self.head(task), indices)
         return Texts(
-            own.kind, rows, self.pool, indices, own.labels, self.head_of(task), own.max_new_tokens, own.stop, own.block
-        )
+            own.kind, rows, reader, indices, own.labels, self.head_of(task), own.max_new_tokens, own.stop, own.block,
+            heads=self.pool,
+        )  # fmt: skip
 
     def head_of(self, task: str) -> str | None:
         """The expert whose head tells a text_classification task's classes; None: the base."""
@@ -66,9 +71,11 @@ class Bench:
         heads = getattr(self.pool, "heads", {}) if self.tasks[task].kind == "text_classification" else {}
         return heads[self.head_of(task)].fingerprint if heads else None
 
-    def evaluation(self, settings: EvaluationSettings, seed: int) -> dict[str, Examples | Texts]:
-        """What a merged model is scored on."""
-        return {task: self.examples(task, settings.split, settings.limit, seed) for task in self.tasks}
+    def evaluation(
+        self, settings: EvaluationSettings, seed: int, reader: Pool | None = None
+    ) -> dict[str, Examples | Texts]:
+        """What a model is scored on, fed by the pool or another `reader`."""
+        return {task: self.examples(task, settings.split, settings.limit, seed, reader) for task in self.tasks}
 
     def adaptation(self, settings: AdaptationSettings, seed: int, tasks: Iterable[str]) -> dict[str, Examples]:
         """What methods that look at data are fed.

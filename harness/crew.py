@@ -79,5 +79,5 @@ def _hold_memory() -> None:
     """Have glibc keep freed memory up to a limit: fresh pages cost a merge more than its arithmetic."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 256 << 20)):
+        for parameter, value in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 64 << 20)):
             mallopt(parameter, value)

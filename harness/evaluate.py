@@ -93,7 +93,7 @@ def _classes(fabric: Fabric, module: Any, task: str, examples: Texts, batch_size
     Raises:
         TaskError: The head has another number of classes than the task.
     """
-    module = examples.pool.with_head(module, examples.expert).to(fabric.device)
+    module = (examples.heads or examples.pool).with_head(module, examples.expert).to(fabric.device)
     sums = torch.zeros(2, dtype=torch.float64, device=fabric.device)  # right, nats
     for rows in examples.batches(own_share(fabric, len(examples)), batch_size):
         texts, labels = zip(*rows, strict=True)

@@ -57,6 +57,13 @@ class Examples:
         for start in range(0, len(positions), size):
             yield self.batch(positions[start : start + size])
 
+    def keep_on(self, device: torch.device) -> None:
+        """Feed everything now and keep it on a device, if it fits into memory."""
+        if self._kept is None and not (self._fits and self._keep()):
+            return
+        inputs, labels = self._kept  # type: ignore[misc]
+        self._kept = {key: tensor.to(device) for key, tensor in inputs.items()}, labels.to(device)
+
     def _feed(self, positions: Sequence[int]) -> tuple[Inputs, torch.Tensor]:
         """Rows read and turned into the module's inputs."""
         rows, labels = zip(*(self.rows[self.indices[position]] for position in positions), strict=True)
@@ -80,13 +87,14 @@ class Texts:
 
     kind: str  # perplexity, exact_match or text_classification
     rows: Sequence[Any]
-    pool: Any  # of language models
+    pool: Any  # of language models: its tokenizer and generation settings
     indices: Sequence[int]
     labels: Sequence[str] = ()
     expert: str | None = None  # whose head tells the classes; None: the base's
     max_new_tokens: int = 32
     stop: str | None = None
     block: int | None = None
+    heads: Any = None  # the pool whose members' heads are used, where that is another
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -96,6 +96,10 @@ class FabricTeam:
         """Sums over the processes, in every process."""
         return sum_over_devices(self._fabric, torch.tensor(numbers, dtype=torch.float64)).tolist()
 
+    def hear(self, word: str) -> list[str]:
+        """What each process says, in every process."""
+        return [self._fabric.broadcast(word, src=rank) for rank in range(self.size)]
+
 
 def describe(fabric: Fabric) -> str:
     """Devices in words, for the run's tags."""

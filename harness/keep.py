@@ -51,7 +51,9 @@ class Keeper:
 
     def facts(self, kind: str) -> dict[str, Any]:
         """What a logged model is to know."""
-        return {"tasks": known_tasks(self.bench), "kind": kind}
+        own = self.config.pool
+        told = {"tasks": known_tasks(self.bench), "kind": kind, "family": own.family}
+        return told | ({"trust_remote_code": True} if own.trust_remote_code else {})
 
 
 def keep(made: Made, keeper: Keeper, kind: str) -> nn.Module | None:
@@ -82,7 +84,8 @@ def keep(made: Made, keeper: Keeper, kind: str) -> nn.Module | None:
             module, done = _keep_written(job, keeper, kind, hands, tick)
         else:
             sink = Memory(job.specs)
-            done = merge_into(sink, job, hands, tick)
+            with keeper.tracked.phase("merge"):
+                done = merge_into(sink, job, hands, tick)
             module = keeper.bench.pool.module(sink.tensors) if keeper.scores else None
     _record(done, keeper.tracked)
     return module
@@ -95,18 +98,20 @@ def _keep_written(job: Merge, keeper: Keeper, kind: str, hands: Crew, tick: Tick
     result: list[tuple[nn.Module | None, Done]] = []
 
     def write(directory: Path) -> None:
-        done = merge_to_directory(
-            job,
-            layout,
-            directory,
-            crew=hands,
-            shard_bytes=config.engine.shard_bytes,
-            resume=config.engine.resume,
-            tick=tick,
-            team=team,
-        )
+        with keeper.tracked.phase("merge"):
+            done = merge_to_directory(
+                job,
+                layout,
+                directory,
+                crew=hands,
+                shard_bytes=config.engine.shard_bytes,
+                resume=config.engine.resume,
+                tick=tick,
+                team=team,
+            )
         place = Path(team.agree(str(directory)))
-        result.append((_opened(place, job, pool) if keeper.scores else None, done))
+        with keeper.tracked.phase("load"):
+            result.append((_opened(place, job, pool) if keeper.scores else None, done))
         team.wait()
 
     if not keeper.leads:
@@ -155,6 +160,11 @@ def _link(source: Path, target: Path) -> None:
 
 def _keep_built(module: nn.Module, keeper: Keeper, kind: str) -> nn.Module:
     """Write a module that is no checkpoint of the pool's architecture."""
+    with keeper.tracked.phase("write"):
+        return _write_built(module, keeper, kind)
+
+
+def _write_built(module: nn.Module, keeper: Keeper, kind: str) -> nn.Module:
     config, pool = keeper.config, keeper.bench.pool
     facts = recipe(config.method_name, config.method, list(pool.experts))
     if keeper.leads and config.output is not None:

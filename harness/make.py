@@ -103,7 +103,16 @@ def _search(job: Job) -> Made:
 
 
 def _build(job: Job) -> Made:
-    """Build a module out of modules and train what it left trainable."""
+    """Build a module out of modules and train what it left trainable.
+
+    Raises:
+        UserError: The pool's modules do not embed images, which is all that builds are made of for now.
+    """
+    if job.bench.pool.family != "clip":
+        raise UserError(
+            f"{job.row.name} builds a module out of models that embed images, not of the family "
+            f"{job.bench.pool.family}; choose a method that merges weights (`crucible list methods`)"
+        )
     check(replace(job.row, kind=Kind.rule), job.inputs)
     fed = _fed(job) if job.row.loss else {}
     _refuse_non_finite(job.inputs)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from harness.crew import Crew
-from harness.inputs import Tensors
+from harness.inputs import MergeError, Tensors
 from harness.merge import Done, Merge, Tick, merge_into
 from harness.provenance import version
 from pools.write import Journal, Layout, Shards, finished_files, partial_directory, write_around, write_beside
@@ -38,6 +38,10 @@ class Team(Protocol):
         """Sums over the processes, in every process."""
         ...
 
+    def hear(self, word: str) -> list[str]:
+        """What each process says, in every process."""
+        ...
+
 
 class Alone:
     """One process."""
@@ -54,6 +58,10 @@ class Alone:
     def add(self, numbers: list[float]) -> list[float]:
         """The numbers themselves."""
         return numbers
+
+    def hear(self, word: str) -> list[str]:
+        """The word alone."""
+        return [word]
 
 
 def merge_to_directory(
@@ -87,8 +95,8 @@ def merge_to_directory(
     key = merge_key(job, layout, shard_bytes) or ""
     if team.rank:
         partial = Path(team.agree(""))
-        with Shards(partial, layout.specs, shard_bytes, join=True) as shards, _flushed(shards):
-            done = merge_into(shards, job, crew, tick, (team.rank, team.size))
+        with Shards(partial, layout.specs, shard_bytes, join=True) as shards:
+            done = _merge_part(shards, job, crew, tick, team)
         done = _together(done, team)
         team.wait()
         return done
@@ -99,8 +107,7 @@ def merge_to_directory(
         )
         with shards:
             team.agree(str(partial))
-            with _flushed(shards):
-                done = merge_into(shards, job, crew, tick, (team.rank, team.size))
+            done = _merge_part(shards, job, crew, tick, team)
             write_around(shards, layout)
             done = _together(done, team)
         write_beside(partial, layout)
@@ -131,6 +138,28 @@ def merge_key(job: Merge, layout: Layout, shard_bytes: int) -> str | None:
         "members": stamps,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _merge_part(shards: Shards, job: Merge, crew: Crew, tick: Tick, team: Team) -> Done:
+    """This process's part of the merge; what goes wrong in any of them ends all, with its own words.
+
+    Raises:
+        MergeError: The weights cannot be merged.
+    """
+    done, fault = Done(), None
+    try:
+        with _flushed(shards):
+            done = merge_into(shards, job, crew, tick, (team.rank, team.size))
+    except (ValueError, OSError) as error:
+        if team.size == 1:
+            raise
+        fault = error
+    said = [word for word in team.hear(str(fault or "")) if word]
+    if isinstance(fault, OSError):
+        raise fault
+    if said:
+        raise MergeError("\n".join(said)) from fault
+    return done
 
 
 def _together(done: Done, team: Team) -> Done:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
 import shutil
 import time
 from collections.abc import Mapping
@@ -102,7 +101,9 @@ def _rows(job: Merge, layout: Layout) -> list[dict[str, Any]]:
 
 def _peak(job: Merge, elements: Mapping[str, int], workers: int) -> int:
     """This process as it is, and what the workers will hold."""
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    import psutil
+
+    held = psutil.Process().memory_info().rss  # not its peak so far, which a process has from the one that started it
     members = len(job.inputs.experts) + 1
     if job.row.kind is Kind.fold:
         return held + 4 * sum(elements.values()) * (3 + _TEMPORARIES // 2)

@@ -32,13 +32,22 @@ def rebuild(recipe: Mapping[str, Any], pool: Pool) -> nn.Module:
     return row.load()(pool.skeleton(), [pool.skeleton() for _ in recipe["experts"]], params, pool.roles)
 
 
-def open_directory(directory: Path, family: str = "clip") -> tuple[nn.Module, Pool]:
-    """The module of a model directory, merged or built, and the pool that feeds it and makes its heads."""
+def open_directory(directory: Path, family: str = "clip", trust_remote_code: bool = False) -> tuple[nn.Module, Pool]:
+    """The module of a model directory, merged or built, and the pool that feeds it and makes its heads.
+
+    Args:
+        directory: What a run has written, or a checkpoint.
+        family: The pool's; what was built knows its own.
+        trust_remote_code: Code among the files of a language model may run.
+
+    Raises:
+        CheckpointError: The directory holds no complete model of the family.
+    """
     from pools.open import open_pool
     from pools.wrapped import is_wrapped, load_wrapped
 
     if is_wrapped(directory):
         wrapped = load_wrapped(directory, rebuild)
         return wrapped.module, wrapped.pool
-    pool = open_pool(family, str(directory.absolute()), {})
+    pool = open_pool(family, str(directory.absolute()), {}, trust_remote_code=trust_remote_code)
     return pool.module(), pool

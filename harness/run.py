@@ -29,23 +29,26 @@ from pools.headers import CheckpointError
 from tasks.splits import TaskError
 
 
-def run(config: RunConfig) -> Outcome:
+def run(config: RunConfig, parent: str | None = None) -> Outcome:
     """Merge, score and record what the configuration asks for.
+
+    Args:
+        config: What to do.
+        parent: Id of the run that this one is nested under.
 
     Raises:
         UserError: The input is bad; nothing was computed.
     """
     row = find(config.method_name)
     fabric = launch(config.fabric.accelerator, config.fabric.devices, config.fabric.precision, config.seed)
-    with together(fabric), _tracked(config, row, fabric) as tracked:
+    with together(fabric), _tracked(config, row, fabric, parent) as tracked:
         with tracked.phase("open"):
             refuse_taken(config.output)
             bench = open_bench(config.pool, config.tasks, local_path)
             _record_inputs(tracked, bench, config)
         with tracked.phase("prepare"):
             made = _made(config, row, bench, fabric, tracked)
-        with tracked.phase("merge"):
-            module = keep(made, Keeper(config, bench, tracked, fabric), row.kind.value)
+        module = keep(made, Keeper(config, bench, tracked, fabric), row.kind.value)
         tracked.lineage(members(bench.pool))
         return assess(config, bench, fabric, tracked, module, made)
 
@@ -68,16 +71,19 @@ def score_model(config: RunConfig) -> Outcome:
 
 
 def _opened(config: RunConfig, bench: Bench) -> nn.Module:
-    """The module of `config.model`: a directory, or an MLflow URI of one."""
+    """The module of `config.model`, a directory or an MLflow URI of one; a language model brings its tokenizer."""
     place = str(config.model)
     directory = local_path(place) if place.startswith(("models:/", "runs:/")) else Path(place).expanduser()
     if not directory.is_dir():
         raise UserError(f"model={place}: there is no such directory; a path, models:/... and runs:/... are taken")
-    return open_directory(directory, bench.pool.family)[0]
+    module, own = open_directory(directory, bench.pool.family, config.pool.trust_remote_code)
+    if bench.pool.family != "clip":
+        bench.reader = own  # its vocabulary may be another than the pool's
+    return module
 
 
 @contextmanager
-def _tracked(config: RunConfig, row: Row, fabric: Fabric) -> Iterator[Run]:
+def _tracked(config: RunConfig, row: Row, fabric: Fabric, parent: str | None = None) -> Iterator[Run]:
     """The MLflow run, on rank zero."""
     tags = {
         "method": config.method_name if config.model is None else "none",
@@ -98,6 +104,7 @@ def _tracked(config: RunConfig, row: Row, fabric: Fabric) -> Iterator[Run]:
             flat(config),
             config=to_yaml(config),
             active=fabric.is_global_zero,
+            parent=parent,
         ) as tracked,
         _refusals(),
     ):

@@ -1,4 +1,4 @@
-"""What MLflow calls to load a model that a run has logged: images in, labels and probabilities out.
+"""What MLflow calls to load a model that a run has logged; for CLIP: images in, labels and probabilities out.
 
 An MLmodel file names this module as its `loader_module`; the weights are safetensors, nothing is unpickled.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.rebuild import open_directory
+from harness.serve_language import Served, open_served
 
 if TYPE_CHECKING:
     import pandas
@@ -22,9 +23,14 @@ if TYPE_CHECKING:
 BATCH = 64  # images at a time
 
 
-def _load_pyfunc(path: str) -> ZeroShot:
+def _load_pyfunc(path: str) -> Served:
     """MLflow's door."""
-    return ZeroShot(Path(path))
+    directory = Path(path)
+    told = _metadata(directory)
+    family = told.get("family", "clip")  # models logged before there were others do not say
+    if family == "clip":
+        return ZeroShot(directory)
+    return open_served(directory, family, bool(told.get("trust_remote_code")))
 
 
 class ZeroShot:
@@ -32,7 +38,7 @@ class ZeroShot:
 
     def __init__(self, directory: Path) -> None:
         """Open a model directory: a CLIP checkpoint, or one that `pools.wrapped` wrote."""
-        self._tasks = _tasks(directory)
+        self._tasks = _metadata(directory).get("tasks") or {}
         self._module, self._pool = open_directory(directory)
         self._heads: dict[tuple[tuple[str, ...], tuple[str, ...]], Tensor] = {}
 
@@ -82,12 +88,12 @@ class ZeroShot:
         return self._heads[key]
 
 
-def _tasks(directory: Path) -> Mapping[str, Any]:
-    """Labels and templates by task, as the MLmodel file keeps them."""
+def _metadata(directory: Path) -> Mapping[str, Any]:
+    """What the MLmodel file keeps of the run: `family`, and `tasks` with labels and templates."""
     import yaml
 
     described = yaml.safe_load((directory / "MLmodel").read_text(encoding="utf-8"))
-    return (described.get("metadata") or {}).get("tasks") or {}
+    return described.get("metadata") or {}
 
 
 def _column(model_input: pandas.DataFrame) -> Sequence[Any]:

@@ -1,7 +1,7 @@
 """The life of a run in MLflow: opened, and always ended.
 
-With store.py, record.py and logged_model.py this is the gate to mlflow; nothing else imports it (serve.py is what a
-logged model names as its loader).
+With store.py, record.py, logged_model.py and mlmodel.py this is the gate to mlflow; nothing else imports it (serve.py
+is what a logged model names as its loader).
 """
 
 from __future__ import annotations

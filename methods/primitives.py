@@ -11,8 +11,6 @@ from collections.abc import Sequence
 
 from methods.lazy import torch
 
-STEPS = 1 << 16  # random numbers are multiples of one over this
-
 
 def add_up(tensors: torch.Tensor, weights: Sequence[float] | torch.Tensor | None = None) -> torch.Tensor:
     """Sum over experts, (T, *shape) -> (*shape), each multiplied by its weight.

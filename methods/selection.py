@@ -22,6 +22,7 @@ _SAMPLES = 1 << 20  # most samples that are kept for each expert
 _BINS = 1 << 20  # of the histogram
 _BATCH = 1 << 20  # most numbers that are kept for each expert
 _QUEUE = 4  # pieces' numbers that are kept whatever they are
+_NEXT = 0.05  # share of the sample that the bracket after a missed one spans
 _END = 0x7FFF_FFFF  # above the bits of every magnitude
 
 
@@ -58,7 +59,8 @@ def kth_largest(walk: Walk, density: float | Sequence[float]) -> torch.Tensor:
         raise ValueError(f"densities lists {len(shares)} numbers for {len(samples)} experts; give one for each")
     brackets = [_bracket(*found) for found in zip(samples, shares, strict=True)]
     while any(bracket.end - bracket.start > 1 for bracket in brackets):
-        brackets = [_narrowed(*found) for found in zip(brackets, _counted(walk, brackets), shares, strict=True)]
+        found = zip(brackets, _counted(walk, brackets), shares, samples, strict=True)
+        brackets = [_narrowed(bracket, count, share, np.concatenate(own)) for bracket, count, share, own in found]
     return torch.tensor([bracket.start for bracket in brackets], dtype=torch.int32).view(torch.float32)
 
 
@@ -81,9 +83,7 @@ class _Counts:
     n: int = 0
     above: int = 0  # at or beyond the bracket's end
     bins: np.ndarray | None = None  # within, once they are too many to keep
-    kept: list[np.ndarray] = field(
-        default_factory=list
-    )  # within, and not yet in the bins: bits less the bracket's start
+    kept: list[np.ndarray] = field(default_factory=list)  # not yet in the bins: bits less the bracket's start
 
 
 def _bits(values: torch.Tensor) -> np.ndarray:
@@ -91,28 +91,33 @@ def _bits(values: torch.Tensor) -> np.ndarray:
     return values.abs().flatten().cpu().view(torch.int32).numpy()
 
 
-def _sampled(walk: Walk) -> list[np.ndarray]:
-    """A share of the magnitudes of each expert, as bits."""
+def _sampled(walk: Walk) -> list[list[np.ndarray]]:
+    """A share of the magnitudes of each expert, as bits, piece by piece."""
     kept: list[list[np.ndarray]] = []
     n, step = 0, 1  # how many are kept, and of how many one is: the same share of early and of late pieces
     for found in walk(lambda piece: [_bits(values) for values in piece], _SAMPLED):
         kept = kept or [[] for _ in found]
         for own, bits in zip(kept, found, strict=True):
-            own.append(bits[::step])
+            own.append(bits[::step].copy())  # a view would hold all of them
         n += len(kept[0][-1])
         if n > 2 * _SAMPLES:
-            kept = [[np.concatenate(own)[::2].copy()] for own in kept]
-            n, step = len(kept[0][0]), 2 * step
-    return [np.concatenate(own) for own in kept]
+            kept = [[bits[::2].copy() for bits in own] for own in kept]
+            n, step = sum(map(len, kept[0])), 2 * step
+    return kept
 
 
-def _bracket(samples: np.ndarray, density: float) -> _Bracket:
-    """Bits between which the number almost surely lies, by the sample's order."""
-    margin = 0.003 + 4 * math.sqrt(density * (1 - density) / len(samples))
+def _bracket(pieces: list[np.ndarray], density: float) -> _Bracket:
+    """Bits between which the number almost surely lies, by the order of the sample and how much its pieces differ."""
+    samples = np.concatenate(pieces)
     last = len(samples) - 1
+    middle = np.partition(samples, round((1 - density) * last))[round((1 - density) * last)]
+    strays = [np.count_nonzero(piece >= middle) - density * len(piece) for piece in pieces]
+    margin = 0.003 + 5 * math.sqrt(math.fsum(stray * stray for stray in strays)) / len(samples)
     low, high = math.floor((1 - density - margin) * last), math.ceil((1 - density + margin) * last)
     ordered = np.partition(samples, [max(low, 0), min(high, last)])
-    return _Bracket(int(ordered[low]) if low > 0 else 0, int(ordered[high]) + 1 if high < last else _END)
+    start = int(ordered[low]) if low > 0 else 0
+    end = int(ordered[high]) + 1 if high < last else _END
+    return _Bracket(start, max(end, start + 2))  # of one number it would be taken for certain, and it is a sample's
 
 
 def _counted(walk: Walk, brackets: list[_Bracket]) -> list[_Counts]:
@@ -147,24 +152,38 @@ def _bin(count: _Counts, bracket: _Bracket) -> None:
     count.kept.clear()
 
 
-def _narrowed(bracket: _Bracket, count: _Counts, density: float) -> _Bracket:
+def _below(bracket: _Bracket, samples: np.ndarray) -> _Bracket:
+    """Where to look after a bracket that lay too high: the next share of the sample, or all that is left."""
+    lower = np.sort(samples[samples < bracket.start])
+    position = len(lower) - int(_NEXT * len(samples)) - 1
+    return _Bracket(int(lower[position]) if position > 0 else 0, bracket.start)
+
+
+def _above(bracket: _Bracket, samples: np.ndarray) -> _Bracket:
+    """Where to look after a bracket that lay too low."""
+    higher = np.sort(samples[samples >= bracket.end])
+    position = int(_NEXT * len(samples))
+    return _Bracket(bracket.end, int(higher[position]) + 1 if position < len(higher) - 1 else _END)
+
+
+def _narrowed(bracket: _Bracket, count: _Counts, density: float, samples: np.ndarray) -> _Bracket:
     """The bin in which the wanted number lies, or what is left beside a bracket that missed it."""
     if bracket.end - bracket.start == 1:
         return bracket
     wanted = count_kept(density, count.n) - count.above  # the how-many-th largest within
     if wanted <= 0:
-        return _Bracket(bracket.end, _END)
+        return _above(bracket, samples)
     if count.bins is None:
         values = np.concatenate(count.kept)
         if wanted > len(values):
-            return _Bracket(0, bracket.start)
+            return _below(bracket, samples)
         start = bracket.start + int(np.partition(values, len(values) - wanted)[len(values) - wanted])
         return _Bracket(start, start + 1)
     if count.kept:
         _bin(count, bracket)
     from_above = count.bins[::-1].cumsum()  # how many lie in this bin or higher
     if wanted > from_above[-1]:
-        return _Bracket(0, bracket.start)
+        return _below(bracket, samples)
     position = len(count.bins) - 1 - int(np.searchsorted(from_above, wanted))
     start = bracket.start + (position << bracket.shift)
     return _Bracket(start, min(start + (1 << bracket.shift), bracket.end))

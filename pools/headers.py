@@ -115,14 +115,14 @@ class OpenFiles:
             CheckpointError: The file has changed since its header was read, or is gone.
         """
         descriptor = self._opened(file)
-        if _stamp(file) != self._stamps[file]:
-            raise CheckpointError(f"{file} has changed since it was opened; start again when nothing writes to it")
-        done = 0
-        while done < len(block):
+        done, count = 0, 1
+        while done < len(block) and count:
             count = os.preadv(descriptor, [block[done:]], offset + done)
-            if not count:
-                raise CheckpointError(f"{file} ended while {name} was read; it was truncated after it was opened")
             done += count
+        if _stamp(file) != self._stamps[file]:  # asked afterwards: a change while this was read counts too
+            raise CheckpointError(f"{file} has changed since it was opened; start again when nothing writes to it")
+        if done < len(block):
+            raise CheckpointError(f"{file} ended while {name} was read; it was truncated after it was opened")
 
     def _opened(self, file: Path) -> int:
         with self._lock:
