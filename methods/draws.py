@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from methods.kinds import Draw
 
 _STEPS = 1 << 16
-_SMALL = _STEPS // 16  # numbers below 1/16 get more bits, lest a small probability be rounded by much of itself
+_SMALL = _STEPS // 64  # numbers below 1/64 get more bits, lest a small probability be rounded by much of itself
 _PER_COUNTER = 16  # numbers of 16 bits from one step of Philox 4x64
 
 
@@ -28,7 +28,7 @@ def drawer(
 ) -> Draw:
     """A `Draw` for one piece of a tensor: expert's index -> uniform numbers in [0, 1), (*shape) float32.
 
-    They are multiples of 2**-16, and of 2**-32 below 1/16: a probability is met to one part in four thousand.
+    They are multiples of 2**-16, and of 2**-32 below 1/64: a probability is met to one part in a thousand.
 
     Args:
         seed: The run's seed.

@@ -102,10 +102,10 @@ def _texts(sources: dict[str, str], sizes: Sizes, rng: Generator) -> dict[str, l
 
 
 def _words(rng: Generator) -> Iterator[str]:
-    """Strings of 3 to 8 capitals, each once."""
+    """Strings of 3 to 7 capitals, each once."""
     seen: set[str] = set()
     while True:
-        word = "".join(map(chr, 65 + rng.integers(0, 26, rng.integers(3, 9))))
+        word = "".join(map(chr, 65 + rng.integers(0, 26, rng.integers(3, 8))))
         if word not in seen:
             seen.add(word)
             yield word

@@ -17,7 +17,7 @@ def numbers(
 
 def test_these_bits() -> None:
     """A change of these numbers changes every seeded result: it needs a new major version."""
-    expected = [0.4666595458984375, 0.0307316891849041, 0.7677001953125, 0.2173614501953125]
+    expected = [0.4666595458984375, 0.030731201171875, 0.7677001953125, 0.2173614501953125]
     assert numbers((4,), seed=1, name="layer.weight").tolist() == expected
 
 
