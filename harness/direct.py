@@ -24,7 +24,7 @@ from methods.catalogue import find
 from methods.kinds import Kind
 from pools.headers import CheckpointError
 from pools.open import Pool, open_pool
-from pools.write import refuse_taken
+from pools.partial import refuse_taken
 
 
 def merge_only(config: RunConfig) -> list[tuple[str, str]]:

@@ -100,7 +100,7 @@ def _finalized(client: MlflowClient, model: LoggedModel, run_id: str, final: Pat
 
 def _publish(partial: Path, final: Path) -> None:
     """Give the complete directory its name, on the disk too."""
-    from pools.write import sync
+    from pools.partial import sync
 
     sync(partial)
     os.rename(partial, final)

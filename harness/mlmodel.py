@@ -57,7 +57,7 @@ def describe(directory: Path, model: LoggedModel, run_id: str, metadata: Mapping
     """
     from mlflow.models import Model
 
-    from pools.write import sync
+    from pools.partial import sync
 
     family = metadata.get("family", "clip")
     size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())

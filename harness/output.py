@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ from harness.crew import Crew
 from harness.inputs import MergeError, Tensors
 from harness.merge import Done, Merge, Tick, merge_into
 from harness.provenance import version
-from pools.write import Journal, Layout, Shards, finished_files, partial_directory, write_around, write_beside
+from pools.partial import Journal, finished_files, partial_directory
+from pools.write import Layout, Shards, write_around, write_beside
 
 _FLUSH_S = 0.5  # how often what was written is sent on to the disk
 
@@ -105,7 +107,7 @@ def merge_to_directory(
         shards = Shards(
             partial, layout.specs, shard_bytes, finished=journal.finished, shared=team.size > 1, done=journal.finish
         )
-        with shards:
+        with _hint(journal, len(shards.files)), shards:
             team.agree(str(partial))
             done = _merge_part(shards, job, crew, tick, team)
             write_around(shards, layout)
@@ -113,6 +115,18 @@ def merge_to_directory(
         write_beside(partial, layout)
     team.wait()
     return done
+
+
+@contextmanager
+def _hint(journal: Journal, n_files: int) -> Iterator[None]:
+    """Say what an interruption has left to go on with."""
+    try:
+        yield
+    except BaseException:
+        if journal.finished:
+            kept = f"{len(journal.finished)} of {n_files} weights files are finished and kept"
+            print(f"crucible: {kept}: the same command with engine.resume=true goes on", file=sys.stderr)
+        raise
 
 
 def merge_key(job: Merge, layout: Layout, shard_bytes: int) -> str | None:

@@ -18,9 +18,14 @@ def add_up(tensors: torch.Tensor, weights: Sequence[float] | torch.Tensor | None
     >>> add_up(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), [1.0, 0.5])
     tensor([2.5000, 4.0000])
     """
-    total = tensors[0].clone() if weights is None else tensors[0] * weights[0]
+    if weights is None:
+        total = tensors[0] + tensors[1] if len(tensors) > 1 else tensors[0].clone()
+        for tensor in tensors[2:]:
+            total += tensor
+        return total
+    total = tensors[0] * weights[0]
     for index, tensor in enumerate(tensors[1:], start=1):
-        total += tensor if weights is None else tensor * weights[index]
+        total += tensor * weights[index]
     return total
 
 

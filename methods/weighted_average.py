@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from methods.lazy import torch
 from methods.parameters import finite, per_expert
-from methods.primitives import add_up
+from methods.primitives import add_up, average
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ def weighted_average(base: torch.Tensor | None, experts: torch.Tensor, params: W
     Raises:
         ValueError: There are not as many weights as experts.
     """
-    n_experts = len(experts)
-    weights = per_expert("weights", params.weights or 1.0 / n_experts, n_experts)
+    if params.weights is None:
+        return average(experts)
+    weights = per_expert("weights", params.weights, len(experts))
     merged = add_up(experts, weights)
-    return merged / sum(weights) if params.normalize else merged
+    return merged.div_(sum(weights)) if params.normalize else merged

@@ -18,7 +18,7 @@ from pools.headers import CheckpointError
 from pools.locate import is_hub_id
 from pools.lora import EMBEDDING, PREFIX, TRANSPOSED
 from pools.lora_config import CONFIG, WEIGHTS, scaling_of
-from pools.write import partial_directory
+from pools.partial import partial_directory
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from pools.checkpoint import Checkpoint
 from pools.faults import Spec, specs_of
 from pools.headers import CheckpointError
 from pools.open import Pool, open_pool
-from pools.write import SHARD_BYTES, Shards, nbytes_of, partial_directory
+from pools.partial import partial_directory
+from pools.write import SHARD_BYTES, Shards, nbytes_of
 
 RECIPE = "recipe.json"
 _FORMAT = 1

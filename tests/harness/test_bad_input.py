@@ -208,7 +208,7 @@ def test_a_disk_that_is_full_for_anything_else(refused, monkeypatch):
 
 def test_a_disk_that_is_too_small_is_known_before_writing(refused, monkeypatch, tmp_path):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("pools.write.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("pools.partial.shutil.disk_usage", lambda path: usage)
     said = refused(f"output={tmp_path / 'merged'}")
     assert "GiB are needed" in said
     assert not Path(tmp_path / "merged").exists()

@@ -52,13 +52,12 @@ def lonely(tmp_path, build_workplace):
 WITH_CTRL_C = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
 MAIN = "from harness.cli import main; sys.exit(main())"
 SLOW_WRITE = """
-import pools.write, time
-class Slow(pools.write.FileIO):
-    def write(self, block):
-        done = super().write(block)
-        time.sleep(0.5)
-        return done
-pools.write.FileIO = Slow
+import os, time
+pwrite = os.pwrite
+def slow(*arguments):
+    time.sleep(0.5)
+    return pwrite(*arguments)
+os.pwrite = slow
 """
 
 

@@ -24,9 +24,10 @@ from harness.output import merge_key, merge_to_directory
 from pools.checkpoint import Checkpoint
 from pools.faults import specs_of
 from pools.headers import CheckpointError
+from pools.partial import JOURNAL, Journal, find_partials, finished_files, partial_directory
 from pools.picked import Picked, Selected
 from pools.recast import Recast
-from pools.write import JOURNAL, Journal, Layout, Shards, find_partials, finished_files, partial_directory
+from pools.write import Layout, Shards
 from tests.harness.engine_parts import bits, files_of, on_disk, plain, start
 
 N = 6

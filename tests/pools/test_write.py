@@ -12,7 +12,8 @@ from safetensors import safe_open
 from pools.checkpoint import INDEX, Checkpoint
 from pools.faults import Spec, specs_of
 from pools.headers import CheckpointError
-from pools.write import Layout, find_partials, partial_directory, write_directory
+from pools.partial import find_partials, partial_directory
+from pools.write import Layout, write_directory
 
 TENSORS = {f"layers.{i}.weight": torch.full((10, 10), float(i)) for i in range(5)}
 SPECS = specs_of(TENSORS)
