@@ -78,6 +78,18 @@ examples:
   crucible import-mergekit recipe.yml --output my.yaml   and then: crucible merge experiment=my.yaml output=DIR
 """
 
+STUDY = """\
+`study.KEY=value` is of the study (conf/study/default.yaml has every key), the rest of the runs it makes; keys that a
+run does not have may be given short, trials=50.
+examples:
+  crucible study method=ties trials=50 workers=2
+  crucible study method=dare +study.space.method.density.low=0.3 study.repeats=3
+  crucible study study.methods=[ties,dare,task_arithmetic] study.sampler=tpe
+  crucible study method=task_arithmetic study.coefficients=expert study.sampler=cmaes
+  crucible study method=ties study.name=mine study.resume=true   go on after Ctrl-C, kill -9 or a reboot
+  crucible study study=studies/examples/NAME.yaml
+"""
+
 LIST = """\
 examples:
   crucible list methods
@@ -144,11 +156,14 @@ def _parser() -> argparse.ArgumentParser:
         ("run", _run, "merge a pool's experts and score the result on every task", RUN),
         ("merge", _merge, "merge checkpoints into a checkpoint, without evaluation or tracking", MERGE),
         ("evaluate", _evaluate, "score one model or one expert without merging", EVALUATE),
+        ("study", _study, "search parameters with Optuna, each trial a run under the study's run", STUDY),
         ("show", _show, "print the resolved configuration, with the range each parameter is searched in", SHOW),
     ):
         sub = add(name, command, about, f"{OVERRIDES}\n{examples}")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
-        sub.add_argument("--from-run", metavar="ID", help="start from the configuration of an earlier MLflow run")
+        start = sub.add_mutually_exclusive_group()
+        start.add_argument("--from-run", metavar="ID", help="start from the configuration of an earlier MLflow run")
+        start.add_argument("--from-config", type=Path, metavar="FILE", help="start from a run's config.yaml")
         sub.add_argument(
             "--config-dir", type=Path, metavar="DIR", help="a directory like conf/ with choices of your own"
         )
@@ -179,7 +194,7 @@ def _spelled(arguments: list[str]) -> list[str]:
     >>> _spelled(["run", "method=ties", "--method.density", "0.3", "--seed=1", "--from-run", "ab"])
     ['run', '--from-run', 'ab', 'method=ties', 'method.density=0.3', 'seed=1']
     """
-    if not arguments or arguments[0] not in ("run", "merge", "evaluate", "show"):
+    if not arguments or arguments[0] not in ("run", "merge", "evaluate", "study", "show"):
         return arguments
     options, overrides = arguments[:1], list[str]()
     rest = iter(arguments[1:])
@@ -187,7 +202,7 @@ def _spelled(arguments: list[str]) -> list[str]:
         key, equals, value = argument.removeprefix("--").partition("=")
         if argument in ("-h", "--help") or not argument.startswith("-"):
             (options if argument.startswith("-") else overrides).append(argument)
-        elif key in ("from-run", "config-dir"):
+        elif key in ("from-run", "from-config", "config-dir"):
             options += [argument] if equals else [argument, *_next(rest)]
         elif argument.startswith("--") and key:
             overrides.append(f"{key}={value}" if equals else "=".join([key, *_next(rest)]))
@@ -204,11 +219,20 @@ def _next(rest) -> list[str]:
 def _composed(given: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
     from harness.compose import compose, from_yaml
 
+    if given.from_config is not None:
+        return from_yaml(_text(given.from_config), overrides, config_dir=given.config_dir)
     if given.from_run is None:
         return compose(overrides, config_dir=given.config_dir)
     from harness.track import config_of
 
     return from_yaml(config_of(given.from_run), overrides, config_dir=given.config_dir)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _run(given: argparse.Namespace) -> None:
@@ -240,6 +264,14 @@ def _merge(given: argparse.Namespace) -> None:
     print(f"the merged {config.output_kind} is in {config.output}")
 
 
+def _study(given: argparse.Namespace) -> None:
+    import importlib
+
+    study = importlib.import_module("studies.command")  # the one place where harness calls studies
+    told = study.main(given.overrides, lambda overrides: _composed(given, overrides), given.config_dir)
+    print_table(("", ""), told)
+
+
 def _extract_lora(given: argparse.Namespace) -> None:
     from harness.direct import refusals
     from harness.extraction import extract_lora
@@ -252,11 +284,7 @@ def _extract_lora(given: argparse.Namespace) -> None:
 def _import_mergekit(given: argparse.Namespace) -> None:
     from harness.import_mergekit import import_config
 
-    try:
-        text = given.recipe.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{given.recipe} cannot be read: {error}") from error
-    imported = import_config(text)
+    imported = import_config(_text(given.recipe))
     for note in imported.notes:
         print(f"crucible: {note}", file=sys.stderr)
     if given.output is None:
@@ -267,7 +295,7 @@ def _import_mergekit(given: argparse.Namespace) -> None:
 
 
 def _evaluate(given: argparse.Namespace) -> None:
-    config = _composed(given, _evaluated(given.overrides, fresh=given.from_run is None))
+    config = _composed(given, _evaluated(given.overrides, fresh=given.from_run is None and given.from_config is None))
     if config.method_name not in ("base", "expert"):
         raise UserError(
             f"method={config.method_name}: `crucible evaluate` merges nothing; merge with `crucible run`,"

@@ -23,8 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from harness.config import ROOT, ConfigError, RunConfig, closest
-from harness.schedules import refused, split
-from harness.schema import Sections, check, inner, narrow, unfit
+from harness.schema import Sections, check, inner, narrow
+from harness.vary import complete
 from methods.catalogue import CATALOGUE
 
 CONF = ROOT / "conf"
@@ -250,12 +250,7 @@ def _finish(tree: DictConfig, values: list[Override], faults: list[str]) -> RunC
         faults += narrow(plain)
     if "schedules" in plain:
         faults.append("schedules: there is no such key; a schedule is written in the place of a method's number")
-    schedules: Tree = {}
-    if row is not None:
-        plain["method"], schedules = split(plain.get("method"), row, faults)
-    config = check(plain | {"schedules": schedules}, kinds, "", faults)
-    if not faults and row is not None:
-        faults += [*unfit(config, row), *refused(config.method, schedules, row)]
+    config = complete(plain, row, kinds, faults) if row else check(plain | {"schedules": {}}, kinds, "", faults)
     if faults:
         raise ConfigError(faults)
     return config

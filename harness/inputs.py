@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -30,6 +31,7 @@ class Inputs:
     seed: int = 0
     device: torch.device = CPU
     dtype: torch.dtype | None = None  # of the merged floating tensors; None: the base's
+    held: Any = None  # `harness.held.Held`: the weights on the device, where many merges are done
 
     @functools.cached_property
     def specs(self) -> dict[str, Spec]:

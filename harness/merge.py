@@ -269,7 +269,13 @@ def _prepared(job: Merge, crew: Crew, tick: Tick) -> torch.Tensor | None:
     """The numbers over the whole model that the rule is given."""
     if not job.row.prepare or _per_tensor(job) or not any(map(job.inputs.is_weight, job.inputs.specs)):
         return None
-    return resolve(job.row.prepare)(functools.partial(_walk, job, crew, tick), job.params)
+    walk, held = functools.partial(_walk, job, crew, tick), job.inputs.held
+    prepare = resolve(job.row.prepare)
+    if held is None:
+        return prepare(walk, job.params)
+    kept = held.made(job.row, lambda: resolve(job.row.kept)(walk))
+    extras = {"kept": kept} if job.row.kept else {}
+    return held.numbers(job.row, job.params, job.inputs.seed, lambda: prepare(walk, job.params, **extras))
 
 
 def _walk(

@@ -66,6 +66,8 @@ def pieces(row: Row, inputs: Inputs, job: Job, limit: int | None = None) -> Iter
 
 def _piece(row: Row, inputs: Inputs, job: Job, shape: tuple[int, ...], stats: torch.Tensor | None) -> Piece:
     """Read one piece."""
+    if inputs.held is not None and inputs.held.holds(tuple(inputs.experts), job.name):
+        return _held(row, inputs, job, shape, stats)
     n = job.stop - job.start
     experts = _buffer("experts", len(inputs.experts) * n, inputs.device).view(len(inputs.experts), n)
     for row_of, tensors in zip(experts, inputs.experts.values(), strict=True):
@@ -79,6 +81,17 @@ def _piece(row: Row, inputs: Inputs, job: Job, shape: tuple[int, ...], stats: to
     draw = None
     if row.random:
         draw = drawer(inputs.seed, job.name, tuple(inputs.experts), shape, job.start, inputs.device)
+    return Piece(job.name, base, stacked, draw, stats)
+
+
+def _held(row: Row, inputs: Inputs, job: Job, shape: tuple[int, ...], stats: torch.Tensor | None) -> Piece:
+    """One piece of what is in memory already: nothing is copied, and rules change nothing that they are given."""
+    held = inputs.held
+    base = None
+    if inputs.base is not None and row.base is not Base.unused:
+        base = held.base[job.name][job.start : job.stop].reshape(shape)
+    stacked = held.stacked[job.name][:, job.start : job.stop].reshape(len(inputs.experts), *shape)
+    draw = held.draw(inputs.seed, job.name, shape, job.start) if row.random else None
     return Piece(job.name, base, stacked, draw, stats)
 
 

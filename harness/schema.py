@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -30,8 +31,14 @@ def inner(kind: Any, name: str) -> Any:
     if isinstance(kind, Sections):
         return kind.kinds.get(name)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return typing.get_type_hints(kind).get(name)
+        return _hints(kind).get(name)
     return typing.get_args(kind)[1] if typing.get_origin(kind) is dict else None
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    """The kinds of a dataclass's fields."""
+    return typing.get_type_hints(cls)
 
 
 def check(value: Any, kind: Any, path: str, faults: list[str]) -> Any:

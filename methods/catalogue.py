@@ -29,10 +29,12 @@ _ROWS = (
     _row(
         "ties", Kind.rule, "arXiv:2306.01708", "TiesParams",
         prepare="methods.ties:thresholds", prepared="methods.ties:prepared",
+        unread=("scale", "weights", "disjoint"), kept="methods.ties:magnitudes",
     ),
     _row(
         "dare", Kind.rule, "arXiv:2311.03099", "DareParams", random=True,
         prepare="methods.dare:thresholds", prepared="methods.dare:prepared",
+        unread=("scale", "weights", "disjoint"),
     ),
     _row(
         "slerp", Kind.rule, "Shoemake 1985", "SlerpParams",

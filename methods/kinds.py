@@ -125,6 +125,8 @@ class Row:
         False  # that pass is over each tensor on its own; otherwise over the model, or as params.scope says
     )
     prepared: str = ""  # "methods.ties:prepared": params -> names of those that it reads once for the whole model
+    unread: tuple[str, ...] = ()  # parameters that the prepare pass does not look at: what it found holds for any
+    kept: str = ""  # "methods.ties:magnitudes": pieces -> what that pass is given as `kept` instead of walking anew
     stats: str = ""  # "fisher" or "gram"
     members: str = ""  # "methods.expert:members": (params, names) -> names of the experts that are read
     rule: str = ""  # a search's row whose coefficients it finds

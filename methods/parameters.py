@@ -17,6 +17,7 @@ class Range:
     log: bool = False
     step: float | None = None
     choices: tuple[Any, ...] = ()
+    published: tuple[Any, ...] = ()  # values that papers report besides the default: tried first
 
 
 def tunable(
@@ -27,9 +28,10 @@ def tunable(
     log: bool = False,
     step: float | None = None,
     choices: tuple[Any, ...] = (),
+    published: tuple[Any, ...] = (),
 ) -> Any:
     """A dataclass field with a default and the range that studies search; the range bounds nothing else."""
-    return field(default=default, metadata={"range": Range(low, high, log, step, choices)})
+    return field(default=default, metadata={"range": Range(low, high, log, step, choices, published)})
 
 
 def in_unit_interval(name: str, value: float) -> None:

@@ -17,6 +17,7 @@ from methods.kinds import Pieces
 from methods.lazy import torch
 from methods.parameters import finite, in_unit_interval, one_of, per_expert, shares, tunable
 from methods.primitives import agreeing, keep_above
+from methods.ranking import Ranked, rank
 from methods.selection import kth_largest
 
 
@@ -41,16 +42,23 @@ class TiesParams:
         one_of("disjoint", self.disjoint, ("mean", "sum", "max"))
 
 
-def thresholds(pieces: Pieces, params: TiesParams) -> torch.Tensor | None:
+def thresholds(pieces: Pieces, params: TiesParams, kept: Ranked | None = None) -> torch.Tensor | None:
     """Smallest magnitude that each expert keeps, (T,), over the model or a tensor; None where all is kept."""
     densities = params.densities or params.density
     if densities == 1 or densities == [1.0] * len(params.densities or ()):
         return None
+    if kept is not None:
+        return kept.kth_largest(densities)
 
     def walk(function: Callable[[torch.Tensor], Any], limit: int | None = None) -> Iterable[Any]:
         return pieces(lambda piece: function(piece.deltas), limit)
 
     return kth_largest(walk, densities)
+
+
+def magnitudes(pieces: Pieces) -> Ranked:
+    """The task vectors' magnitudes in order, from which the thresholds of any density are had."""
+    return rank(list(pieces(lambda piece: piece.deltas.flatten(1))))
 
 
 def prepared(params: TiesParams) -> tuple[str, ...]:

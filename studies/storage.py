@@ -1,0 +1,121 @@
+"""Where Optuna keeps a study: SQLite beside the tracking store, PostgreSQL, a journal file, a gRPC proxy."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import optuna
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import BaseStorage, RDBStorage
+
+from harness.config import UserError
+
+WAIT_S = 10  # for a server to answer, or another process to let go of a file
+STALE = 4  # heartbeats that may be missed
+KINDS = "sqlite:///FILE, postgresql://USER@HOST/NAME, journal:FILE, grpc://HOST:PORT"
+
+
+def open_storage(url: str, heartbeat_s: int, on_stale: Callable[[Any, Any], None] | None = None) -> BaseStorage:
+    """Open a storage; a database and its tables are made if there are none.
+
+    Args:
+        url: As `KINDS`.
+        heartbeat_s: Seconds between a running trial's signs of life; databases alone keep them.
+        on_stale: What to do with a trial that gave none, once it is marked failed.
+
+    Raises:
+        UserError: It cannot be reached, or it is of no known kind.
+    """
+    kind = url.partition(":")[0].partition("+")[0]
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            if kind in ("sqlite", "postgresql", "postgres", "mysql"):
+                own = url.replace("postgres:", "postgresql:", 1), kind, heartbeat_s, on_stale
+                try:
+                    return _database(*own)
+                except Exception as error:
+                    if "already exists" not in str(error):  # another process made the tables in the same moment
+                        raise
+                    return _database(*own)
+            if kind == "journal":
+                return _journal(Path(url.partition(":")[2]))
+            if kind == "grpc":
+                return _proxy(url)
+    except UserError:
+        raise
+    except Exception as error:  # SQLAlchemy's, the driver's, gRPC's, the file system's
+        reason = " ".join(str(getattr(error, "orig", None) or error).split())[:300]
+        raise UserError(f"study.storage={_safe(url)} cannot be used, nothing was started: {reason}") from error
+    raise UserError(f"study.storage={_safe(url)}: it is one of {KINDS}")
+
+
+def default_url(tracking_uri: str) -> str:
+    """A SQLite file beside the tracking store; in the working directory where that is elsewhere."""
+    head, _, rest = tracking_uri.partition("://")
+    if head == "sqlite":
+        folder = Path(rest.removeprefix("/")).parent
+    elif head == "file" or not rest:
+        folder = Path(urlsplit(tracking_uri).path if head == "file" else tracking_uri).parent
+    else:
+        folder = Path()
+    return f"sqlite:///{folder.absolute() / 'studies.db'}"
+
+
+def _database(url: str, kind: str, heartbeat_s: int, on_stale: Callable[[Any, Any], None] | None) -> RDBStorage:
+    """A database; SQLite writes ahead and waits for the disk at checkpoints only: a killed process loses nothing."""
+    if kind == "sqlite":
+        place = Path(url.partition(":///")[2])
+        if not place.parent.is_dir():
+            raise UserError(f"study.storage={url}: there is no directory {place.parent}")
+    patience = {"timeout": 6 * WAIT_S} if kind == "sqlite" else {"connect_timeout": WAIT_S}
+    storage = RDBStorage(
+        url,
+        engine_kwargs={"connect_args": patience},
+        heartbeat_interval=heartbeat_s,
+        grace_period=STALE * heartbeat_s,
+        heartbeat_stale_trial_callback=on_stale,
+    )
+    if kind == "sqlite":
+        from sqlalchemy import event
+
+        @event.listens_for(storage.engine, "connect")
+        def settle(connection: Any, record: Any) -> None:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
+
+        storage.engine.dispose()  # connections from here on are settled
+    return storage
+
+
+def _journal(place: Path) -> BaseStorage:
+    """A file that lines are added to; for shared file systems without a database."""
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    if not place.parent.is_dir():
+        raise UserError(f"study.storage=journal:{place}: there is no directory {place.parent}")
+    return JournalStorage(JournalFileBackend(str(place)))
+
+
+def _proxy(url: str) -> BaseStorage:
+    """A server of `optuna.storages.run_grpc_proxy_server`."""
+    from optuna.storages import GrpcStorageProxy
+
+    place = urlsplit(url)
+    if not place.hostname or not place.port:
+        raise UserError(f"study.storage={url}: write grpc://HOST:PORT")
+    storage = GrpcStorageProxy(host=place.hostname, port=place.port)
+    storage.wait_server_ready(timeout=WAIT_S)
+    return storage
+
+
+def _safe(url: str) -> str:
+    """The address without a password."""
+    parts = urlsplit(url)
+    return url.replace(f":{parts.password}@", "@") if parts.password else url
