@@ -115,7 +115,7 @@ def pruning(directory: str, trials: int, rounds: int) -> None:
     """The same random trials to their end, and with Wilcoxon's pruner looking on."""
     print("\n| seed | all to their end | Wilcoxon | saved | pruned | same winner | its value |")
     print("|---:|---:|---:|---:|---:|---|---:|")
-    stepped = [f"study.trials={trials}", "study.step_rows=140"]
+    stepped = [f"study.trials={trials}", "study.step_rows=40"]
     wilcoxon = ["study.pruner=wilcoxon", "study.pruner_settings.p_threshold=0.1"]
     for seed in range(rounds):
         full = study(directory, f"full-{seed}", f"seed={seed}", *stepped)
