@@ -36,7 +36,7 @@ def open_storage(url: str, heartbeat_s: int, on_stale: Callable[[Any, Any], None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             if kind in ("sqlite", "postgresql", "postgres", "mysql"):
-                own = url.replace("postgres:", "postgresql:", 1), kind, heartbeat_s, on_stale
+                own = _with_driver(url), kind, heartbeat_s, on_stale
                 try:
                     return _database(*own)
                 except Exception as error:
@@ -91,6 +91,12 @@ def _database(url: str, kind: str, heartbeat_s: int, on_stale: Callable[[Any, An
 
         storage.engine.dispose()  # connections from here on are settled
     return storage
+
+
+def _with_driver(url: str) -> str:
+    """A PostgreSQL address that names no driver, with the one that the extra `postgresql` installs."""
+    scheme, _, rest = url.partition("://")
+    return f"postgresql+psycopg2://{rest}" if scheme in ("postgres", "postgresql") else url
 
 
 def _journal(place: Path) -> BaseStorage:
