@@ -89,9 +89,7 @@ def make_inputs(directory: Path, size: str, n_experts: int) -> None:
     from pools.write import Layout, write_directory
 
     specs = {name: Spec(shape, torch.bfloat16) for name, shape in shapes(size).items()}
-    block = torch.randn(
-        4_194_301, generator=torch.Generator().manual_seed(0)
-    )  # repeated: drawing all takes minutes
+    block = torch.randn(4_194_301, generator=torch.Generator().manual_seed(0))  # repeated: drawing all takes minutes
 
     def numbers(n: int, seed: int) -> torch.Tensor:
         start = seed * 1_000_003 % len(block)

@@ -113,8 +113,8 @@ def _shares(took: dict[str, float]) -> dict[str, float]:
 
 def pruning(directory: str, trials: int, rounds: int) -> None:
     """The same random trials to their end, and with Wilcoxon's pruner looking on."""
-    print("\n| seed | all to their end | Wilcoxon | saved | pruned | same winner | its value |")
-    print("|---:|---:|---:|---:|---:|---|---:|")
+    print("\n| seed | all to their end | Wilcoxon | time saved | pieces scored | pruned | same winner | its value |")
+    print("|---:|---:|---:|---:|---:|---:|---|---:|")
     stepped = [f"study.trials={trials}", "study.step_rows=40"]
     wilcoxon = ["study.pruner=wilcoxon", "study.pruner_settings.p_threshold=0.1"]
     for seed in range(rounds):
@@ -124,9 +124,11 @@ def pruning(directory: str, trials: int, rounds: int) -> None:
         pruned = sum(row["state"] == "pruned" for row in cut.trials)
         same = "yes" if params(best) == params(found) else f"no: {_value(found):.4f}"
         saved = 1 - cut.busy_s / full.busy_s
+        steps = [row["steps"] for row in cut.trials]
+        scored = sum(steps) / (max(steps) * len(steps))
         print(
-            f"| {seed} | {full.busy_s:.1f} s | {cut.busy_s:.1f} s | {saved:.0%} | {pruned} of {trials} | {same} | "
-            f"{_value(best):.4f} |"
+            f"| {seed} | {full.busy_s:.1f} s | {cut.busy_s:.1f} s | {saved:.0%} | {scored:.0%} | "
+            f"{pruned} of {trials} | {same} | {_value(best):.4f} |"
         )
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class DareParams:
     """Parameters of `dare`; also the schema of conf/method/dare.yaml."""
 
-    density: float = tunable(0.5, low=0.05, high=1.0)  # probability that an entry is kept, in (0, 1]
+    density: float = tunable(0.5, low=0.05, high=1.0, published=(0.1,))  # probability that an entry is kept, in (0, 1]
     scale: float = tunable(0.3, low=0.0, high=1.5)  # multiplies the merged change
     rescale: bool = True  # divide the survivors by the density
     base_rule: str = "linear"  # linear: sum of what is left; ties: trim and elect first

@@ -17,7 +17,7 @@ from methods.primitives import changes
 class TaskArithmeticParams:
     """Parameters of `task_arithmetic`; also the schema of conf/method/task_arithmetic.yaml."""
 
-    scale: float = tunable(0.3, low=0.0, high=1.5)  # multiplies the sum of the task vectors (lambda in the paper)
+    scale: float = tunable(0.3, low=0.0, high=1.5, published=(0.4,))  # multiplies the sum of task vectors (lambda)
     weights: list[float] | None = None  # one coefficient for each expert, times scale; null for ones
 
     def __post_init__(self) -> None:

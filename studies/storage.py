@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,6 +13,7 @@ from urllib.parse import urlsplit
 import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, RDBStorage
+from sqlalchemy.exc import SQLAlchemyError
 
 from harness.config import UserError
 
@@ -36,13 +39,7 @@ def open_storage(url: str, heartbeat_s: int, on_stale: Callable[[Any, Any], None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)
             if kind in ("sqlite", "postgresql", "postgres", "mysql"):
-                own = _with_driver(url), kind, heartbeat_s, on_stale
-                try:
-                    return _database(*own)
-                except Exception as error:
-                    if "already exists" not in str(error):  # another process made the tables in the same moment
-                        raise
-                    return _database(*own)
+                return _made(partial(_database, _with_driver(url), kind, heartbeat_s, on_stale))
             if kind == "journal":
                 return _journal(Path(url.partition(":")[2]))
             if kind == "grpc":
@@ -65,6 +62,18 @@ def default_url(tracking_uri: str) -> str:
     else:
         folder = Path()
     return f"sqlite:///{folder.absolute() / 'studies.db'}"
+
+
+def _made(make: Callable[[], RDBStorage], tries: int = 10) -> RDBStorage:
+    """A database whose tables another process may be making in the same moment."""
+    for _ in range(tries - 1):
+        try:
+            return make()
+        except SQLAlchemyError as error:
+            if "already exists" not in str(error):
+                raise
+            time.sleep(0.2)
+    return make()
 
 
 def _database(url: str, kind: str, heartbeat_s: int, on_stale: Callable[[Any, Any], None] | None) -> RDBStorage:

@@ -33,9 +33,13 @@ def finished_study(tracked: Run, n: int = 10, metrics: tuple[str, ...] = ("avera
 
     def objective(trial: optuna.Trial) -> list[float]:
         density, scale = trial.suggest_float("method.density", 0.05, 1), trial.suggest_float("method.scale", 0.1, 2)
-        trial.set_user_attr(OWNER, {"run_id": f"run{trial.number}", "name": f"trial {trial.number}"})
+        trial.set_user_attr(OWNER, {"name": f"trial {trial.number}"})
         values = [0.6 - (scale - 0.8) ** 2 / 10, 0.4 - (density - 0.5) ** 2 / 10][: len(metrics)]
-        result = {"metrics": {"digits/accuracy": 0.5, **dict(zip(metrics, values, strict=True))}, "seconds": SECONDS}
+        result = {
+            "run_id": f"run{trial.number}",
+            "metrics": {"digits/accuracy": 0.5, **dict(zip(metrics, values, strict=True))},
+            "seconds": SECONDS,
+        }
         if trial.number == 3:
             trial.set_user_attr(RESULT, {"reason": "the objective is not a number", "seconds": SECONDS})
             raise ValueError("not a number")

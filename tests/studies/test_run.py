@@ -58,6 +58,35 @@ def test_a_study_finds_what_a_run_repeats(place) -> None:
     assert parent.data.metrics["test/average/accuracy_low"] <= winner.metrics["average/accuracy"]
 
 
+def test_the_winner_is_repeated_and_registered(place) -> None:
+    import shlex
+
+    from harness.compose import compose, from_yaml
+    from harness.run import run
+
+    finished = place.study(
+        "study.methods=[ties,dare]", "study.coefficients=expert_layer", "trials=3", "study.name=s",
+        "tracking.log_model=true", "study.register=red-green", "study.space.dare.rescale.choices=[true,false]",
+    )  # fmt: skip
+    (winner,) = finished.winners
+    config = from_yaml(winner.yaml)
+    _, command, *overrides = shlex.split(winner.command)
+    assert (command, compose(overrides)) == ("run", config)
+    again = run(config)
+    assert again.metrics == {name: winner.metrics[name] for name in again.metrics}
+    version = mlflow.MlflowClient().get_model_version_by_alias("red-green", "best")
+    assert version.run_id == winner.run_id
+    assert mlflow.artifacts.load_text(f"runs:/{finished.parent}/best_config.yaml") == winner.yaml
+
+
+@pytest.mark.slow
+def test_a_search_on_the_embedded_suite_beats_the_default(place) -> None:
+    finished = place.study("pool=mini_clip8", "tasks=mini_clip8", "method=ties", "trials=6", "study.name=s")
+    default, best = finished.rows[0].values[0], finished.winners[0].trial.values[0]
+    assert best > default
+    assert finished.winners[0].metrics["average/accuracy"] == pytest.approx(best, abs=0.05)
+
+
 def test_a_trial_scores_what_a_run_scores(place) -> None:
     from harness.run import run
 
@@ -268,7 +297,8 @@ def killed_at_random_moments(place, kills: int, more: list[str], trials: int, se
         time.sleep(chance.random() * 0.4)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        output, _ = process.communicate()
+        assert process.returncode in (-signal.SIGKILL, 0), output
     finished = place.study(*asked, "study.resume=true")
     states = Counter(row.state for row in finished.rows)
     retried = {row.retry_of for row in finished.rows}
