@@ -191,7 +191,10 @@ def theirs(method: str, inputs: Path, output: Path, tool: str) -> list[str]:
 def measured(
     command: list[str], output: Path | None = None, environment: dict[str, str] | None = None
 ) -> dict[str, float]:
-    """Wall seconds and peak resident bytes of a process and its children; the output is removed."""
+    """Wall seconds of a process, the same until its output is on the disk, and its peak resident bytes.
+
+    The output is removed afterwards.
+    """
     started = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}, cwd=ROOT
@@ -199,11 +202,13 @@ def measured(
     said = process.stdout.read() if process.stdout else b""
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - started
+    os.sync()  # crucible has waited for the disk, mergekit has not
+    synced = time.perf_counter() - started
     if output is not None:
         shutil.rmtree(output, ignore_errors=True)
     if status:
         raise SystemExit(f"{' '.join(command)} failed:\n{said.decode(errors='replace')[-3000:]}")
-    return {"seconds": seconds, "bytes": usage.ru_maxrss * 1024}
+    return {"seconds": seconds, "synced": synced, "bytes": usage.ru_maxrss * 1024}
 
 
 def floor(inputs: Path, members: list[str], scratch: Path) -> float:
@@ -247,9 +252,11 @@ def summary(found: dict[str, list[dict[str, float]]]) -> dict[str, float]:
     for name, runs in found.items():
         if runs:
             facts[f"{name}_s"] = statistics.median(run["seconds"] for run in runs)
+            facts[f"{name}_synced_s"] = statistics.median(run["synced"] for run in runs)
             facts[f"{name}_mb"] = max(run["bytes"] for run in runs) / 1e6
     if found["theirs"]:
         facts["ratio"] = facts["theirs_s"] / facts["ours_s"]
+        facts["ratio_synced"] = facts["theirs_synced_s"] / facts["ours_synced_s"]
     return facts
 
 

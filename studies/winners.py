@@ -23,7 +23,7 @@ from studies.finished import TrialRow, Winner, row_of, rows
 from studies.progress import best_in_words
 
 if TYPE_CHECKING:
-    from studies.run import Plan
+    from studies.plan import Plan
 
 
 def crown(
