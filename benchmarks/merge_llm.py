@@ -111,6 +111,13 @@ def make_inputs(directory: Path, size: str, n_experts: int) -> None:
             write_directory(place, layout, tensors(member), shard_bytes=1_000_000_000)
 
 
+def make_apart(directory: Path, size: str, n_experts: int) -> Path:
+    """Make inputs in a process of its own: what is measured inherits the resident memory of the one that starts it."""
+    own = ["--make-only", "--inputs", str(directory), "--size", size, "--experts", str(n_experts)]
+    subprocess.run([sys.executable, __file__, *own], check=True)
+    return directory / size
+
+
 def make_other_tokens(directory: Path, size: str) -> None:
     """An expert whose tokenizer has two tokens more than the base's, and rows for them."""
     import torch
@@ -264,8 +271,7 @@ def growth(directory: Path, scratch: Path, sizes: list[str], counts: list[int], 
     """Our time and memory over model sizes (3 experts) and numbers of experts (0.25 B)."""
     rows = []
     for size, count in [*((size, 3) for size in sizes), *(("0.25", count) for count in counts)]:
-        inputs = directory / size
-        make_inputs(inputs, size, count)
+        inputs = make_apart(directory, size, count)
         for method in ("task_arithmetic", "ties_model"):
             runs = []
             for _ in range(repeats):
@@ -332,6 +338,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--make-only", action="store_true", help="make the inputs under --inputs, measure nothing")
+    parser.add_argument("--experts", type=int, help="with --make-only: so many experts, and none with other tokens")
     parser.add_argument("--growth", action="store_true", help="time and memory over sizes and numbers of experts")
     parser.add_argument("--sizes", nargs="*", default=["0.1", "0.5", "1.1", "2", "4"])
     parser.add_argument("--counts", nargs="*", type=int, default=[2, 4, 8, 16])
@@ -339,8 +346,9 @@ def main() -> None:
     given = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     if given.make_only:
-        make_inputs(given.inputs / given.size, given.size, 3)
-        make_other_tokens(given.inputs / given.size, given.size)
+        make_inputs(given.inputs / given.size, given.size, given.experts or 3)
+        if given.experts is None:
+            make_other_tokens(given.inputs / given.size, given.size)
         return
     with tempfile.TemporaryDirectory(dir=given.inputs.parent) as scratch:
         if given.growth:
@@ -348,8 +356,7 @@ def main() -> None:
             if given.plot:
                 plot(rows, given.plot)
         else:
-            inputs = given.inputs / given.size
-            make_inputs(inputs, given.size, 3)
+            inputs = make_apart(given.inputs, given.size, 3)
             rows = compare(inputs, Path(scratch), given.mergekit, given.methods, given.repeats)
     keys = list(dict.fromkeys(key for row in rows for key in row))
     print("| " + " | ".join(keys) + " |\n|" + "---|" * len(keys))

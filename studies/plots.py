@@ -167,7 +167,9 @@ def importances(study: optuna.Study, index: int = 0) -> dict[str, float]:
     names = varied(study)
     if not names or len({trial.value for trial in _complete(study)}) < 2:
         return {}
-    found = optuna.importance.get_param_importances(study, params=names)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Some regimes for parameter")  # a study of few trials has nothing better
+        found = optuna.importance.get_param_importances(study, params=names)
     return {name: share for name, share in found.items() if share == share}
 
 
@@ -285,6 +287,7 @@ def _off_screen() -> Iterator[None]:
     try:
         with matplotlib.rc_context(), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            warnings.filterwarnings("ignore", "Some regimes for parameter")
             warnings.filterwarnings("ignore", "Contour plot will not be displayed")  # of two parameters never met
             yield
     finally:
