@@ -116,8 +116,8 @@ def _seconds_per_element(job: Merge) -> float:
     """How long the rule takes for one element, tried on one piece of made-up numbers."""
     if job.row.kind is Kind.fold:
         return 0.0
-    n = CHUNK if job.row.elementwise else 256 * 256
-    shape = (n,) if job.row.elementwise else (256, 256)
+    flat = job.row.elementwise and not job.row.stats  # statistics of made-up numbers are a matrix
+    n, shape = (CHUNK, (CHUNK,)) if flat else (256 * 256, (256, 256))
     numbers = torch.linspace(-1, 1, n).reshape(shape)
     experts = numbers.expand(len(job.inputs.experts), *shape).clone()
     stats = torch.eye(256).expand(len(job.inputs.experts), 256, 256) if job.row.stats else None
