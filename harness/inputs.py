@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from methods.kinds import Base, Kind, Roles, Row
+from methods.kinds import Base, Kind, Place, Roles, Row
 from pools.faults import Spec, header_faults, specs_of
 
 CPU = torch.device("cpu")
@@ -42,6 +42,10 @@ class Inputs:
         """Whether a tensor is merged by the method; buffers and what is empty go their own way."""
         spec = self.specs[name]
         return spec.dtype.is_floating_point and 0 not in spec.shape and not self.roles.is_buffer(name)
+
+    def place(self, name: str) -> Place:
+        """Where a tensor stands."""
+        return Place(self.roles.layer_of(name), self.roles.n_layers, self.roles.is_linear(name))
 
     def stats_of(self, name: str) -> torch.Tensor | None:
         """Statistics of all experts for a tensor, (T, ...) float32; found by its name or its module's."""

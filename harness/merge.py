@@ -20,8 +20,9 @@ import torch
 from harness.crew import ALONE, Crew
 from harness.inputs import Inputs, MergeError, Tensors, check
 from harness.pieces import Job, cut, own_stream, pieces
-from methods.catalogue import find
-from methods.kinds import Base, Kind, Piece, Roles, Row, resolve
+from harness.veneers import Dress, Worn, dresser, faults, undressed, veneered
+from methods.catalogue import VENEERS, find
+from methods.kinds import Base, Kind, Piece, Pieces, Place, Roles, Row, Veneer, resolve
 from methods.primitives import average
 from methods.similarity import cosine_similarities
 from pools.faults import Spec, recast, specs_of
@@ -29,6 +30,7 @@ from pools.headers import CheckpointError
 from pools.roles import NamedRoles
 
 Tick = Callable[[str, int], None]  # (phase, bytes read)
+_ANYWHERE = Place(1, 1, linear=True)
 
 
 class Sink(Protocol):
@@ -66,6 +68,8 @@ class Merge:
     params: Any
     inputs: Inputs
     params_of: Callable[[str], Any] | None = None  # for each tensor's name, where parameters differ
+    veneers: tuple[Worn, ...] = ()  # around the rule, the first innermost
+    dress: Dress = undressed  # what the veneers make of a piece; known once they have looked at the model
 
     @functools.cached_property
     def specs(self) -> dict[str, Spec]:
@@ -135,6 +139,7 @@ def merge_state_dicts(
     stats: Mapping[str, Tensors] | None = None,
     seed: int = 0,
     roles: Roles | None = None,
+    veneers: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Merge state dicts in memory: the same engine, checks and errors as a run.
 
@@ -147,6 +152,7 @@ def merge_state_dicts(
             Gram matrix (in, in).
         seed: Of random methods; masks depend on it, the tensor's name and the expert's name alone.
         roles: What names mean; by default read off the names.
+        veneers: What goes around the rule, name -> parameters by name, the first innermost.
 
     Returns:
         The merged tensors, with the base's (or the first expert's) names, shapes and dtypes.
@@ -162,9 +168,10 @@ def merge_state_dicts(
     """
     row = find(method)
     made = _make_params(row, params or {})
+    around = _veneers(row, veneers or {})
     if roles is None:
         roles = NamedRoles(specs_of(base if base is not None else next(iter(experts.values()), {})))
-    return merge(Merge(row, made, Inputs(base, experts, roles, stats, seed)))
+    return merge(Merge(row, made, Inputs(base, experts, roles, stats, seed), veneers=around))
 
 
 def merge(job: Merge, crew: Crew = ALONE, tick: Tick = lambda phase, n: None) -> dict[str, torch.Tensor]:
@@ -181,7 +188,8 @@ def ready(job: Merge) -> Merge:
     Raises:
         MergeError: All that is wrong, a line each; no weight was read.
     """
-    job = replace(job, inputs=_selected(job.row, job.params, job.inputs))
+    row = veneered(job.row, job.veneers)
+    job = replace(job, row=row, inputs=_selected(row, job.params, job.inputs))
     check(job.row, job.inputs)
     if job.row.kind is not Kind.fold:
         _rehearse(job)
@@ -211,6 +219,7 @@ def merge_into(
     started = time.perf_counter()
     if job.row.kind is Kind.fold:
         return _fold(sink, job, tick) if share[0] == 0 else Done()
+    job = replace(job, dress=dresser(job.veneers, functools.partial(_walk, job, crew, tick)))
     numbers = _prepared(job, crew, tick)
     prepared = time.perf_counter()
     whole = not job.row.elementwise or bool(job.row.stats) or _per_tensor(job)
@@ -236,7 +245,15 @@ def task_vector_cosines(inputs: Inputs, crew: Crew = ALONE) -> torch.Tensor:
     return cosine_similarities(functools.partial(_walk, job, crew, lambda phase, n: None))
 
 
-def _make_params(row: Row, given: Mapping[str, Any]) -> Any:
+def _veneers(row: Row, given: Mapping[str, Mapping[str, Any]]) -> tuple[Worn, ...]:
+    """Veneers from names and keywords."""
+    wrong = faults(row, list(given))
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    return tuple(Worn(VENEERS[name], _make_params(VENEERS[name], own)) for name, own in given.items())
+
+
+def _make_params(row: Row | Veneer, given: Mapping[str, Any]) -> Any:
     """The params dataclass from keywords; unknown ones are named with those that are known."""
     cls = row.load_params()
     known = [field.name for field in fields(cls)]
@@ -288,7 +305,7 @@ def _walk(
 
     def work(task: Job) -> list[Any]:
         with own_stream(job.inputs.device), torch.no_grad():
-            return [function(piece) for piece in pieces(job.row, job.inputs, task, limit)]
+            return [function(job.dress(piece)[0]) for piece in pieces(job.row, job.inputs, task, limit)]
 
     for task, found in zip(tasks, crew.map(work, tasks), strict=True):
         tick("prepare", min(task.stop - task.start, limit or task.stop) * job.width[task.name])
@@ -299,7 +316,7 @@ def _numbers_of(job: Merge, task: Job, params: Any) -> torch.Tensor | None:
     """The numbers over one tensor that the rule is given."""
 
     def walk(function: Callable[[Piece], Any], limit: int | None = None) -> Iterator[Any]:
-        return (function(piece) for piece in pieces(job.row, job.inputs, task, limit))
+        return (function(job.dress(piece)[0]) for piece in pieces(job.row, job.inputs, task, limit))
 
     return resolve(job.row.prepare)(walk, params)
 
@@ -335,7 +352,8 @@ def _work(job: Merge, numbers: torch.Tensor | None, sink: Sink, task: Job) -> Do
                 numbers = _numbers_of(job, task, params)
             start, found = task.start, []
             for piece in pieces(job.row, job.inputs, task):
-                result = _call(job.row, params, piece, numbers).reshape(-1)
+                seen, finish = job.dress(piece)
+                result = finish(_call(job.row, params, seen, numbers)).reshape(-1)
                 rounded, error, square = _rounded(result, job, piece, spec)
                 sink.put_part(name, start, rounded)
                 start += len(rounded)
@@ -394,6 +412,8 @@ def _call(row: Row, params: Any, piece: Piece, numbers: torch.Tensor | None) -> 
         extras["draw"] = piece.draw
     if row.stats:
         extras["stats"] = piece.stats
+    if row.placed:
+        extras["place"] = piece.place
     return row.load()(piece.base, piece.experts, params, **extras)
 
 
@@ -459,7 +479,7 @@ def _rehearse(job: Merge) -> None:
     n_experts = len(inputs.experts)
     base = None if inputs.base is None or row.base is Base.unused else torch.ones(2, 2)
     stats = torch.eye(2).repeat(n_experts, 1, 1) if row.stats else None  # non-negative and positive definite
-    piece = Piece("rehearsal", base, torch.ones(n_experts, 2, 2), lambda index: torch.zeros(2, 2), stats)
+    piece = Piece("rehearsal", base, torch.ones(n_experts, 2, 2), lambda index: torch.zeros(2, 2), stats, _ANYWHERE)
     try:
         rule_on(job, piece)
     except ValueError as error:
@@ -467,10 +487,14 @@ def _rehearse(job: Merge) -> None:
 
 
 def rule_on(job: Merge, piece: Piece) -> torch.Tensor:
-    """The rule with its prepare pass on one piece alone."""
+    """The rule with its prepare pass and its veneers on one piece alone."""
 
-    def walk(function: Callable[[Piece], Any], limit: int | None = None) -> Iterable[Any]:
-        return [function(piece)]
+    def alone(piece: Piece) -> Pieces:
+        def walk(function: Callable[[Piece], Any], limit: int | None = None) -> Iterable[Any]:
+            return [function(piece)]
 
-    numbers = resolve(job.row.prepare)(walk, job.params) if job.row.prepare else None
-    return _call(job.row, job.params, piece, numbers)
+        return walk
+
+    seen, finish = dresser(job.veneers, alone(piece))(piece)
+    numbers = resolve(job.row.prepare)(alone(seen), job.params) if job.row.prepare else None
+    return finish(_call(job.row, job.params, seen, numbers))

@@ -81,7 +81,7 @@ def _piece(row: Row, inputs: Inputs, job: Job, shape: tuple[int, ...], stats: to
     draw = None
     if row.random:
         draw = drawer(inputs.seed, job.name, tuple(inputs.experts), shape, job.start, inputs.device)
-    return Piece(job.name, base, stacked, draw, stats)
+    return Piece(job.name, base, stacked, draw, stats, inputs.place(job.name))
 
 
 def _held(row: Row, inputs: Inputs, job: Job, shape: tuple[int, ...], stats: torch.Tensor | None) -> Piece:
@@ -92,7 +92,7 @@ def _held(row: Row, inputs: Inputs, job: Job, shape: tuple[int, ...], stats: tor
         base = held.base[job.name][job.start : job.stop].reshape(shape)
     stacked = held.stacked[job.name][:, job.start : job.stop].reshape(len(inputs.experts), *shape)
     draw = held.draw(inputs.seed, job.name, shape, job.start) if row.random else None
-    return Piece(job.name, base, stacked, draw, stats)
+    return Piece(job.name, base, stacked, draw, stats, inputs.place(job.name))
 
 
 def _read(tensors: Tensors, job: Job, out: torch.Tensor) -> None:

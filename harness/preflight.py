@@ -15,7 +15,7 @@ import torch
 
 from harness.merge import Merge, rule_on, sized
 from harness.pieces import CHUNK
-from methods.kinds import Kind, Piece
+from methods.kinds import Kind, Piece, Place
 from pools.faults import Spec
 from pools.write import Layout
 
@@ -121,7 +121,7 @@ def _seconds_per_element(job: Merge) -> float:
     numbers = torch.linspace(-1, 1, n).reshape(shape)
     experts = numbers.expand(len(job.inputs.experts), *shape).clone()
     stats = torch.eye(256).expand(len(job.inputs.experts), 256, 256) if job.row.stats else None
-    piece = Piece("rehearsal", numbers, experts, lambda index: numbers.abs(), stats)
+    piece = Piece("rehearsal", numbers, experts, lambda index: numbers.abs(), stats, Place(1, 1, linear=True))
     spans = []
     for _ in range(3):
         started = time.perf_counter()

@@ -9,14 +9,17 @@ A kind is a shape of function, so that the engine and the tests never ask for a 
     build     f(base, experts, params, roles) -> module               a new module out of modules
 
 Extras are handed over when the row asks for them: `numbers` (the row has `prepare`), `draw` (`random`),
-`stats` (`stats`).
+`stats` (`stats`), `place` (`placed`).
+
+A veneer is put around a rule: f(piece, params, numbers) -> (the piece that the rule is given, what becomes of what the
+rule has made).
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Draw = Callable[[int], Tensor]  # expert's index -> uniform numbers in [0, 1), shaped like the piece
+    Dressed = tuple["Piece", Callable[[Tensor], Tensor]]
 
 
 class Kind(Enum):
@@ -45,6 +49,15 @@ class Base(Enum):
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where a tensor stands in its model, as the pool knows it."""
+
+    layer: int = 0  # depth: 0 before the first block, 1 to n_layers for the blocks, n_layers + 1 after them
+    n_layers: int = 0
+    linear: bool = False  # the weight of a linear layer, (out, in)
+
+
+@dataclass(frozen=True)
 class Piece:
     """One tensor, or a chunk of it, as the engine hands it to a `prepare` pass."""
 
@@ -53,6 +66,7 @@ class Piece:
     experts: Tensor  # (T, *shape) float32
     draw: Draw | None = None
     stats: Tensor | None = None  # (T, ...) float32
+    place: Place = field(default_factory=Place)
 
     @property
     def deltas(self) -> Tensor:
@@ -89,6 +103,11 @@ class Fold(Protocol):
 class Roles(Protocol):
     """What a tensor's name means, as the pool knows it."""
 
+    @property
+    def n_layers(self) -> int:
+        """How many blocks there are."""
+        ...
+
     def is_buffer(self, name: str) -> bool:
         """Whether the name is a buffer (running statistics, position ids) and no parameter."""
         ...
@@ -120,6 +139,7 @@ class Row:
     ordered: bool = False  # the order of experts matters
     random: bool = False  # draws random numbers
     elementwise: bool = True  # a tensor may be cut into chunks of any size
+    placed: bool = False  # is told where the tensor stands
     prepare: str = ""  # "methods.ties:thresholds": (pieces, params) -> numbers, (T, ...)
     per_tensor: bool = (
         False  # that pass is over each tensor on its own; otherwise over the model, or as params.scope says
@@ -149,6 +169,27 @@ class Row:
             count = "experts" if low else ""
         parts = ["base" if self.base is Base.needed else "", count]
         return ", ".join(part for part in [*parts, self.data] if part)
+
+
+@dataclass(frozen=True)
+class Veneer:
+    """What may be put around a rule, as the engine and the listings know it."""
+
+    name: str
+    function: str  # "methods.lines:lines": (piece, params, numbers) -> (Piece, tensor -> tensor)
+    params: str  # "methods.lines:LinesParams"
+    paper: str
+    elementwise: bool = True  # a tensor may be cut into chunks of any size
+    aligns: bool = False  # gives the rule other numbers than the experts' own
+    prepare: str = ""  # "methods.larv:factors": (pieces, params) -> numbers over the whole model
+
+    def load(self) -> Callable[[Piece, Any, Any], Dressed]:
+        """The veneer itself."""
+        return resolve(self.function)
+
+    def load_params(self) -> type:
+        """The params dataclass."""
+        return resolve(self.params)
 
 
 def resolve(dotted: str) -> Any:

@@ -39,6 +39,8 @@ State = dict[str, Tensor]
 class SampleRoles:
     """What the sample's names mean."""
 
+    n_layers = 2
+
     def is_buffer(self, name: str) -> bool:
         return name in BUFFERS
 

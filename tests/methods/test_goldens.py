@@ -6,58 +6,17 @@ float64 stands between: with their convention it gives their result, with ours i
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import harness.pieces
 from harness.merge import merge_state_dicts
+from tests.methods.goldens import BOOK, CASES, State, assert_golden, assert_near, models_of, stats_of
 from tests.methods.in_numpy import Arrays, arrays, opcm_in_numpy, ties_by_tensor, ties_over_model
-
-GOLDENS = Path(__file__).parents[2].parent / "shared" / "goldens"
-if not GOLDENS.is_dir():
-    pytest.skip("needs ../shared/goldens beside the repository; this clone stands alone", allow_module_level=True)
-
-BOOK = json.loads((GOLDENS / "cases.json").read_text())
-CASES = {case["id"]: case for case in BOOK["cases"]}
-CLASS_EMBEDDING = "vision_model.embeddings.class_embedding"
-
-State = dict[str, torch.Tensor]
-
-
-def models_of(name: str) -> tuple[State | None, dict[str, State]]:
-    """Base and experts of a case, in its order."""
-    inputs = CASES[name]["inputs"]
-
-    def load(member: str) -> State:
-        folder = GOLDENS / inputs["dir"] / member
-        return load_file(folder / "model.safetensors" if folder.is_dir() else folder.with_suffix(".safetensors"))
-
-    base = load(inputs["base"]) if inputs["base"] else None
-    return base, {expert: load(expert) for expert in inputs["experts"]}
-
-
-def stats_of(name: str, which: str) -> dict[str, State]:
-    inputs = CASES[name]["inputs"]
-    files = zip(inputs["experts"], inputs[which], strict=True)
-    return {expert: load_file(GOLDENS / inputs["stats_dir"] / f"{file}.safetensors") for expert, file in files}
-
-
-def assert_golden(name: str, merged: dict[str, Any]) -> None:
-    golden = load_file(GOLDENS / CASES[name]["output"])
-    assert set(merged) == set(golden)
-    assert_near(merged, golden, CASES[name]["precision"]["suggested_atol"])
-
-
-def assert_near(merged: dict[str, Any], expected: dict[str, Any], atol: float) -> None:
-    for key, tensor in expected.items():
-        np.testing.assert_allclose(np.asarray(merged[key]), np.asarray(tensor), rtol=1e-5, atol=atol, err_msg=key)
 
 
 def shares(name: str, percent: float, plus: int = 1) -> float:
@@ -237,6 +196,9 @@ def test_dare_divides_by_the_density_where_mergekit_matches_norms(monkeypatch: p
     monkeypatch.setattr(harness.pieces, "drawer", drawer)
     ours = merge_state_dicts(base, experts, "dare", {"density": given["density"], "scale": 0.3})
     assert_near(ours, computed([0.3] * 4, by_norm=False), 2e-6)
+
+
+CLASS_EMBEDDING = "vision_model.embeddings.class_embedding"
 
 
 @pytest.mark.parametrize("name", ["opcm_0", "opcm_1", "opcm_2"])
