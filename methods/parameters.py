@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -18,6 +18,7 @@ class Range:
     step: float | None = None
     choices: tuple[Any, ...] = ()
     published: tuple[Any, ...] = ()  # values that papers report besides the default: tried first
+    when: tuple[str, Any] | None = None  # another parameter and its value, without which this one does nothing
 
 
 def tunable(
@@ -29,9 +30,36 @@ def tunable(
     step: float | None = None,
     choices: tuple[Any, ...] = (),
     published: tuple[Any, ...] = (),
+    when: tuple[str, Any] | None = None,
 ) -> Any:
     """A dataclass field with a default and the range that studies search; the range bounds nothing else."""
-    return field(default=default, metadata={"range": Range(low, high, log, step, choices, published)})
+    return field(default=default, metadata={"range": Range(low, high, log, step, choices, published, when)})
+
+
+def share(default: float, **searched: Any) -> Any:
+    """A field like `tunable`, for a share in (0, 1]."""
+    made = tunable(default, **searched)
+    return field(default=default, metadata={**made.metadata, "share": True})
+
+
+def word(default: str, *others: str) -> Any:
+    """A field for one of a few words."""
+    return field(default=default, metadata={"words": (default, *others)})
+
+
+@dataclass(frozen=True)
+class Params:
+    """What params dataclasses share: searched numbers and lists are finite, shares in (0, 1], words known."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value, facts = getattr(self, item.name), item.metadata
+            if value is not None and (isinstance(value, list) or ("range" in facts and not facts["range"].choices)):
+                finite(item.name, value)
+            if "share" in facts:
+                in_unit_interval(item.name, value)
+            if "words" in facts:
+                one_of(item.name, value, facts["words"])
 
 
 def in_unit_interval(name: str, value: float) -> None:

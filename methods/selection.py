@@ -43,15 +43,18 @@ def count_kept(density: float, n: int) -> int:
     return max(1, int(density * n + 1e-6))  # the little something undoes 0.29 * 100 = 28.999...
 
 
-def kth_largest(walk: Walk, density: float | Sequence[float]) -> torch.Tensor:
+def kth_largest(
+    walk: Walk, density: float | Sequence[float], counted: Callable[[float, int], int] = count_kept
+) -> torch.Tensor:
     """Magnitude of the last entry that each expert keeps, over everything that the walk yields.
 
     Args:
         walk: Over pieces (T, ...); it is walked two times, seldom more.
         density: Share kept, in (0, 1], of all experts or of each.
+        counted: How many of n entries a density keeps, at least one.
 
     Returns:
-        Thresholds, (T,) float32: exactly `count_kept` entries are at least as large, ties aside.
+        Thresholds, (T,) float32: exactly `counted` entries are at least as large, ties aside.
     """
     samples = _sampled(walk)
     shares = [density] * len(samples) if isinstance(density, int | float) else list(density)
@@ -60,7 +63,10 @@ def kth_largest(walk: Walk, density: float | Sequence[float]) -> torch.Tensor:
     brackets = [_bracket(*found) for found in zip(samples, shares, strict=True)]
     while any(bracket.end - bracket.start > 1 for bracket in brackets):
         found = zip(brackets, _counted(walk, brackets), shares, samples, strict=True)
-        brackets = [_narrowed(bracket, count, share, np.concatenate(own)) for bracket, count, share, own in found]
+        brackets = [
+            _narrowed(bracket, count, counted(share, count.n), np.concatenate(own))
+            for bracket, count, share, own in found
+        ]
     return torch.tensor([bracket.start for bracket in brackets], dtype=torch.int32).view(torch.float32)
 
 
@@ -109,6 +115,8 @@ def _sampled(walk: Walk) -> list[list[np.ndarray]]:
 def _bracket(pieces: list[np.ndarray], density: float) -> _Bracket:
     """Bits between which the number almost surely lies, by the order of the sample and how much its pieces differ."""
     samples = np.concatenate(pieces)
+    if not len(samples):
+        return _Bracket(0, 1)  # nothing to choose from
     last = len(samples) - 1
     middle = np.partition(samples, round((1 - density) * last))[round((1 - density) * last)]
     strays = [np.count_nonzero(piece >= middle) - density * len(piece) for piece in pieces]
@@ -166,11 +174,11 @@ def _above(bracket: _Bracket, samples: np.ndarray) -> _Bracket:
     return _Bracket(bracket.end, int(higher[position]) + 1 if position < len(higher) - 1 else _END)
 
 
-def _narrowed(bracket: _Bracket, count: _Counts, density: float, samples: np.ndarray) -> _Bracket:
+def _narrowed(bracket: _Bracket, count: _Counts, n_kept: int, samples: np.ndarray) -> _Bracket:
     """The bin in which the wanted number lies, or what is left beside a bracket that missed it."""
     if bracket.end - bracket.start == 1:
         return bracket
-    wanted = count_kept(density, count.n) - count.above  # the how-many-th largest within
+    wanted = n_kept - count.above  # the how-many-th largest within
     if wanted <= 0:
         return _above(bracket, samples)
     if count.bins is None:
