@@ -2,6 +2,8 @@
 
 Source: Wortsman et al. 2022, arXiv:2203.05482 (uniform soup).
 Differs: nothing.
+Formula: merged = 1/T sum_i expert_i
+Cost: O(T n) time, T + 1 chunks of memory
 """
 
 from __future__ import annotations

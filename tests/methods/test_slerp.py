@@ -67,10 +67,22 @@ def test_straight_above_a_cosine() -> None:
     assert float(between(start, end, linear_above=0.9).norm()) > float(((start + end) / 2).norm())
 
 
-def test_three_experts_are_refused() -> None:
-    experts = {name: {"w": torch.ones(2)} for name in ("a", "b", "c")}
-    with pytest.raises(MergeError, match="slerp merges 1 to 2 experts, got 3: a, b, c"):
-        merge_state_dicts(None, experts, "slerp")
+@pytest.mark.parametrize(
+    ("params", "shares"), [({"t": 0.3}, (0.3, 0.3)), ({"weights": [1.0, 2.0, 5.0]}, (2 / 3, 5 / 8))]
+)
+def test_more_are_folded_in_their_order(params: dict, shares: tuple[float, float]) -> None:
+    """The same as merges of two, one after the other; weights tell how far each step goes."""
+    a, b, c = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
+    merged = merge_state_dicts(None, {"a": {"w": a}, "b": {"w": b}, "c": {"w": c}}, "slerp", params)["w"]
+    torch.testing.assert_close(merged, between(between(a, b, t=shares[0]), c, t=shares[1]))
+
+
+def test_weights_are_above_zero_and_one_for_each() -> None:
+    models = {"a": {"w": torch.ones(2)}, "b": {"w": torch.ones(2)}}
+    with pytest.raises(ValueError, match="weights must be positive and finite, got 0"):
+        merge_state_dicts(None, models, "slerp", {"weights": [1.0, 0.0]})
+    with pytest.raises(MergeError, match="weights lists 3 numbers for 2"):
+        merge_state_dicts(None, models, "slerp", {"weights": [1.0, 1.0, 1.0]})
 
 
 def test_one_expert_without_a_base_is_refused() -> None:
