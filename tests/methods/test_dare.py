@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from harness.merge import merge_state_dicts
-from methods.dare import DareParams, dare
+from methods.dare import DareParams, DareTiesParams, dare
 from methods.draws import drawer
 
 N = 40_000
@@ -24,7 +24,7 @@ def test_by_hand() -> None:
     experts = torch.tensor([[2.0, 3.0, 4.0], [5.0, 6.0, 7.0]])  # changes (1, 2, 3) and (4, 5, 6)
     params = DareParams(density=0.5, scale=1.0)
     assert dare(base, experts, params, numbers=None, draw=numbers.__getitem__).tolist() == [3.0, 11.0, 7.0]
-    params = DareParams(density=0.5, scale=1.0, rescale=False)
+    params = DareParams(density=0.5, scale=1.0, rescale="none")
     assert dare(base, experts, params, numbers=None, draw=numbers.__getitem__).tolist() == [2.0, 6.0, 4.0]
 
 
@@ -39,7 +39,7 @@ def test_the_share_and_the_mean_are_kept() -> None:
 def test_experts_and_tensors_are_dropped_independently() -> None:
     both = {"w": torch.ones(N), "v": torch.ones(N)}
     base = {name: torch.zeros(N) for name in both}
-    params = {"density": 0.5, "scale": 1.0, "rescale": False}
+    params = {"density": 0.5, "scale": 1.0, "rescale": "none"}
     one = merge_state_dicts(base, {"a": both}, "dare", params)
     other = merge_state_dicts(base, {"b": both}, "dare", params)
     for first, second in ((one["w"], one["v"]), (one["w"], other["w"])):
@@ -90,3 +90,28 @@ def test_weights_and_densities_of_each_expert_by_hand() -> None:
 def test_shares_are_checked(field: str) -> None:
     with pytest.raises(ValueError, match=rf"{field} is a share in \(0, 1\], got 20"):
         DareParams(**{field: 20})
+
+
+def test_norms_given_back_over_a_tensor_or_the_model() -> None:
+    change = {"v": torch.arange(1.0, 33.0), "w": torch.full((8,), 100.0)}
+    base = {name: torch.zeros_like(tensor) for name, tensor in change.items()}
+    params = {"density": 0.5, "scale": 1.0, "rescale": "l1"}
+    found = merge_state_dicts(base, {"a": change}, "dare", {**params, "scope": "tensor"})
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor.sum(), change[name].sum())
+    found = merge_state_dicts(base, {"a": change}, "dare", {**params, "scope": "model"})
+    assert abs(float(found["v"].sum() / change["v"].sum()) - 1) > 1e-3
+    torch.testing.assert_close(found["v"].sum() + found["w"].sum(), change["v"].sum() + change["w"].sum())
+
+
+def test_dare_ties_is_dare_with_ties() -> None:
+    deltas = {"a": torch.randn(50), "b": torch.randn(50)}
+    experts = {name: {"w": delta} for name, delta in deltas.items()}
+    base = {"w": torch.zeros(50)}
+    one = merge_state_dicts(base, experts, "dare_ties", {"density": 0.7})
+    other = merge_state_dicts(base, experts, "dare", {"density": 0.7, "base_rule": "ties", "scale": 1.0})
+    assert torch.equal(one["w"], other["w"])
+    with pytest.raises(ValueError, match="base_rule is one of ties"):
+        DareTiesParams(base_rule="linear")
+    with pytest.raises(ValueError, match="rescale is one of share, l1, none"):
+        DareParams(rescale="true")

@@ -111,7 +111,8 @@ def test_dare_with_the_peers_masks(name: str, monkeypatch: pytest.MonkeyPatch) -
         return draw
 
     monkeypatch.setattr(harness.pieces, "drawer", drawer)
-    params = {"density": 1 - given["sparsity_ratio"], "scale": given["scaling_factor"], "rescale": given["rescale"]}
+    rescale = "share" if given["rescale"] else "none"
+    params = {"density": 1 - given["sparsity_ratio"], "scale": given["scaling_factor"], "rescale": rescale}
     if "threshold" in given:
         params |= {"base_rule": "ties", "trim": shares(name, given["threshold"]), "disjoint": given["merge_func"]}
     assert_golden(name, merge_state_dicts(base, experts, "dare", params))

@@ -117,3 +117,16 @@ def test_words_are_checked() -> None:
         merged(scope="layer")
     with pytest.raises(ValueError, match="disjoint is one of mean, sum, max; got 'median'"):
         merged(disjoint="median")
+
+
+def test_signs_by_count_and_norms_given_back() -> None:
+    """One large change is outvoted by two; of what is left of 3, 1 and 2 the norm of all, 6, is made."""
+    base = {"w": torch.zeros(3)}
+    changes = {"a": [9.0, 0.0, 0.0], "b": [-1.0, 0.0, 0.0], "c": [-3.0, 0.0, 0.0]}
+    experts = {name: {"w": torch.tensor(values)} for name, values in changes.items()}
+    params = {"density": 1.0, "elect": "count"}
+    assert merge_state_dicts(base, experts, "ties", params)["w"].tolist() == [-2.0, 0.0, 0.0]
+    experts = {"a": {"w": torch.tensor([3.0, 1.0, 2.0])}}
+    for scope in ("model", "tensor"):
+        params = {"density": 0.67, "rescale": "l1", "scope": scope}
+        torch.testing.assert_close(merge_state_dicts(base, experts, "ties", params)["w"], torch.tensor([3.6, 0.0, 2.4]))
