@@ -2,7 +2,10 @@
 
 Source: Tang et al. 2025, arXiv:2501.09522, equations 6 to 9 and Algorithm 1.
 Differs: nothing; every parameter takes part. FusionBench leaves parameters held by modules with children (CLIP's class
-embedding) at the first expert's.
+embedding) at the first expert's. Directions in which nothing is merged yet hold nothing back; a full decomposition
+completes them by arbitrary ones.
+Formula: x = (lambda x + project(delta_t)) / lambda', ||x|| = mean_i ||delta_i||; merged = base + x
+Cost: each expert: O(m n min(m, n)) time for a linear layer, O(n) for others; base, expert, x: 4 models in memory
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from dataclasses import dataclass
 from methods.kinds import Roles
 from methods.lazy import torch
 from methods.parameters import tunable
+from methods.spectra import leading
 
 
 @dataclass(frozen=True)
@@ -60,15 +64,18 @@ class Opcm:
 
     def _project(self, name: str, delta: torch.Tensor) -> torch.Tensor:
         """A linear layer's change without its part in the leading directions of what is merged."""
-        if not self.roles.is_linear(name):
+        if not self.roles.is_linear(name) or delta.numel() == 0:
             return delta
-        u, s, vh = torch.linalg.svd(self.merged[name], full_matrices=True)
-        share = s.cumsum(0) / s.sum().clamp(min=torch.finfo(s.dtype).tiny)
-        rank = int((share > self.params.alpha).to(torch.int8).argmax())  # first position past alpha, from 0
-        coordinates = u.mT @ delta @ vh.mT
-        coordinates.diagonal().zero_()
-        coordinates[:rank, :rank] = 0
-        return u @ coordinates @ vh
+        u, s, v = leading(self.merged[name].double(), min(delta.shape))
+        past = s.cumsum(0) > self.params.alpha * s.sum()
+        rank = int(past.to(torch.int8).argmax())  # first position past alpha, from 0
+        rows = u.mT @ delta.to(u.dtype)  # (r, n)
+        own = (rows.mT * v).sum(0)  # what each pair of directions has in the change, (r,)
+        block = rows[:rank] @ v[:, :rank]
+        block.diagonal().zero_()
+        held = own[:, None] * v.mT
+        held[:rank] += block @ v[:, :rank].mT
+        return (delta - u @ held).float()
 
 
 def _norm(deltas: Mapping[str, torch.Tensor]) -> float:
