@@ -12,50 +12,128 @@ from lightning.fabric import Fabric
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import layer_norm
 
 from harness.examples import Examples, Inputs, endless
 from harness.execute import own_share, sum_over_devices
-from methods.kinds import Roles
 from methods.primitives import add_up
 
 Report = Callable[[int, float, torch.Tensor | None], None]
+Named = Callable[[str], bool]  # whether a name is the weight of a linear layer that is asked for
+Watched = dict[str, tuple[nn.Module, Callable[[nn.Module, torch.Tensor], torch.Tensor]]]
+
+SAMPLED = 1024  # inputs of a layer that are kept for each task
+_GOLDEN = (5**0.5 - 1) / 2  # its multiples lie evenly in [0, 1)
 
 
 def gram_matrices(
-    fabric: Fabric, module: nn.Module, examples: Examples, batch_size: int, roles: Roles
+    fabric: Fabric, module: nn.Module, examples: Examples, batch_size: int, is_linear: Named
 ) -> dict[str, torch.Tensor]:
     """Mean of x x^T over all tokens that enter each linear layer, weight's name -> (in, in), for RegMean."""
+    watched: Watched = {f"{path}.weight": (layer, _outer) for path, layer in _linears(module, is_linear)}
+    return _means_over_tokens(fabric, module, examples, batch_size, watched)
+
+
+def features(
+    fabric: Fabric, module: nn.Module, examples: Examples, batch_size: int, is_linear: Named
+) -> dict[str, torch.Tensor]:
+    """Gram matrices, and for layer norms' scales the mean squares of what they scale, name -> (in,), for CAT."""
+    watched: Watched = {f"{path}.weight": (layer, _outer) for path, layer in _linears(module, is_linear)}
+    for path, layer in module.named_modules():
+        if isinstance(layer, nn.LayerNorm) and layer.elementwise_affine:
+            watched[f"{path}.weight"] = (layer, _normalised_squares)
+    return _means_over_tokens(fabric, module, examples, batch_size, watched)
+
+
+def _linears(module: nn.Module, is_linear: Named) -> list[tuple[str, nn.Module]]:
+    """Paths and modules of linear layers."""
+    return [(path, layer) for path, layer in module.named_modules() if is_linear(f"{path}.weight")]
+
+
+def _outer(layer: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    wide = tokens.double()
+    return wide.T @ wide
+
+
+def _normalised_squares(layer: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    assert isinstance(layer, nn.LayerNorm)
+    return layer_norm(tokens, layer.normalized_shape, eps=layer.eps).double().square().sum(0)
+
+
+def _means_over_tokens(
+    fabric: Fabric, module: nn.Module, examples: Examples, batch_size: int, watched: Watched
+) -> dict[str, torch.Tensor]:
+    """The mean over all tokens that enter a layer, of what its function makes of tokens (N, in), summed over them."""
     sums: dict[str, torch.Tensor] = {}
     counts: dict[str, torch.Tensor] = {}
 
-    def watch(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            tokens = args[0].detach().flatten(0, -2).double()
-            sums[name] = sums.get(name, 0) + tokens.T @ tokens
-            counts[name] = counts.get(name, 0) + torch.tensor(float(len(tokens)), device=tokens.device)
+    def add(name: str, entering: torch.Tensor, batch: range) -> None:
+        layer, function = watched[name]
+        tokens = entering.flatten(0, -2)
+        sums[name] = sums.get(name, 0) + function(layer, tokens)
+        counts[name] = counts.get(name, 0) + torch.tensor(float(len(tokens)), device=tokens.device)
 
-        return hook
-
-    handles = [
-        layer.register_forward_pre_hook(watch(f"{path}.weight"))
-        for path, layer in module.named_modules()
-        if roles.is_linear(f"{path}.weight")
-    ]
-    try:
-        with torch.inference_mode():
-            for inputs, _ in examples.batches(own_share(fabric, len(examples)), batch_size):
-                module(**_on(fabric, inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = {name: layer for name, (layer, _) in watched.items()}
+    _show_inputs(fabric, module, examples, batch_size, layers, add)
     return {
         name: (sum_over_devices(fabric, total) / sum_over_devices(fabric, counts[name])).float().cpu()
         for name, total in sums.items()
     }
 
 
+def input_samples(
+    fabric: Fabric, module: nn.Module, examples: Examples, batch_size: int, is_linear: Named
+) -> dict[str, torch.Tensor]:
+    """A sample of what enters each linear layer, weight's name -> (SAMPLED, in), for AdaSVD.
+
+    Every example gives as many as any other, to within one, of tokens spread evenly; nothing is drawn.
+    """
+    rows = torch.arange(SAMPLED)
+    owners = rows * len(examples) // SAMPLED  # each row's example
+    spread = (rows.double() * _GOLDEN) % 1  # and where in it
+    samples: dict[str, torch.Tensor] = {}
+
+    def pick(name: str, entering: torch.Tensor, batch: range) -> None:
+        tokens = entering.reshape(len(batch), -1, entering.shape[-1])
+        if name not in samples:
+            samples[name] = torch.zeros(SAMPLED, tokens.shape[2], device=tokens.device)
+        own = torch.isin(owners, torch.tensor(batch)).nonzero()[:, 0]
+        positions = (owners[own] - batch.start) // batch.step
+        samples[name][own] = tokens[positions, (spread[own] * tokens.shape[1]).long()].float()
+
+    layers = {f"{path}.weight": layer for path, layer in _linears(module, is_linear)}
+    _show_inputs(fabric, module, examples, batch_size, layers, pick)
+    return {name: sum_over_devices(fabric, sample).cpu() for name, sample in samples.items()}
+
+
+def _show_inputs(
+    fabric: Fabric,
+    module: nn.Module,
+    examples: Examples,
+    batch_size: int,
+    layers: Mapping[str, nn.Module],
+    see: Callable[[str, torch.Tensor, range], None],
+) -> None:
+    """Run this process's examples; `see` is told a layer's name, what enters it (B, ..., in), and which examples."""
+    share = own_share(fabric, len(examples))
+    batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
+    batch = range(0)
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda layer, args: see(name, args[0].detach(), batch)
+
+    handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
+    try:
+        with torch.inference_mode():
+            for batch in batches:
+                module(**_on(fabric, examples.batch(batch)[0]))
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def fisher_diagonals(
-    fabric: Fabric, module: nn.Module, examples: Examples, batch_size: int, roles: Roles
+    fabric: Fabric, module: nn.Module, examples: Examples, batch_size: int, is_linear: Named
 ) -> dict[str, torch.Tensor]:
     """Diagonal of the Fisher information, parameter's name -> (*shape), exact over the classes.
 
@@ -63,28 +141,55 @@ def fisher_diagonals(
     (Matena and Raffel 2022, arXiv:2111.09832, equation 3).
     """
     head = examples.head.to(fabric.device)
-    weights = {name: tensor.detach() for name, tensor in module.named_parameters()}
-    sums = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
-
-    def log_probability(weights: dict[str, torch.Tensor], inputs: Inputs, label: torch.Tensor) -> torch.Tensor:
-        outputs = functional_call(module, weights, (), {key: value[None] for key, value in inputs.items()})
-        return torch.log_softmax((outputs @ head.T)[0], dim=0).gather(0, label[None])[0]
-
-    slopes = vmap(grad(log_probability), in_dims=(None, 0, 0))
+    slopes = _Slopes(module, head)
     for inputs, _ in examples.batches(own_share(fabric, len(examples)), batch_size):
         inputs = _on(fabric, inputs)
         with torch.no_grad():
             chances = torch.softmax(module(**inputs) @ head.T, dim=1)  # (B, K)
         for label in range(len(head)):
             labels = torch.full((len(chances),), label, device=fabric.device)
-            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule
-                found = slopes(weights, inputs, labels)
-            for name, slope in found.items():
-                sums[name] += torch.tensordot(chances[:, label], slope.square(), dims=1)
-    return {name: (sum_over_devices(fabric, total) / len(examples)).cpu() for name, total in sums.items()}
+            for name, slope in slopes(inputs, labels).items():
+                slopes.sums[name] += torch.tensordot(chances[:, label], slope.square(), dims=1)
+    return {name: (sum_over_devices(fabric, total) / len(examples)).cpu() for name, total in slopes.sums.items()}
 
 
-STATISTICS = {"gram": gram_matrices, "fisher": fisher_diagonals}
+def gradient_magnitudes(
+    fabric: Fabric, module: nn.Module, examples: Examples, batch_size: int, is_linear: Named
+) -> dict[str, torch.Tensor]:
+    """Mean over labelled examples of |d loss / d theta|, parameter's name -> (*shape), loss the cross-entropy."""
+    slopes = _Slopes(module, examples.head.to(fabric.device))
+    for inputs, labels in examples.batches(own_share(fabric, len(examples)), batch_size):
+        for name, slope in slopes(_on(fabric, inputs), labels.to(fabric.device)).items():
+            slopes.sums[name] += slope.abs().sum(0)
+    return {name: (sum_over_devices(fabric, total) / len(examples)).cpu() for name, total in slopes.sums.items()}
+
+
+class _Slopes:
+    """Each example's gradient of log p(label | inputs), parameter's name -> (B, *shape), and room for sums of them."""
+
+    def __init__(self, module: nn.Module, head: torch.Tensor) -> None:
+        self._weights = {name: tensor.detach() for name, tensor in module.named_parameters()}
+        self.sums = {name: torch.zeros_like(tensor) for name, tensor in self._weights.items()}
+
+        def log_probability(weights: dict[str, torch.Tensor], inputs: Inputs, label: torch.Tensor) -> torch.Tensor:
+            outputs = functional_call(module, weights, (), {key: value[None] for key, value in inputs.items()})
+            return torch.log_softmax((outputs @ head.T)[0], dim=0).gather(0, label[None])[0]
+
+        self._slopes = vmap(grad(log_probability), in_dims=(None, 0, 0))
+
+    def __call__(self, inputs: Inputs, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule
+            return self._slopes(self._weights, inputs, labels)
+
+
+STATISTICS = {
+    "gram": gram_matrices,
+    "features": features,
+    "inputs": input_samples,
+    "fisher": fisher_diagonals,
+    "gradient": gradient_magnitudes,
+}
+AT_BASE = ("gradient",)  # those that are collected from the base, the others from each expert
 
 
 class Entropy:

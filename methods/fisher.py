@@ -3,6 +3,8 @@
 Source: Matena and Raffel 2022, arXiv:2111.09832, equation 2 and section 3 (diagonal Fisher, optional normalisation).
 Differs: nothing; `floor` is added to the Fisher values, as FusionBench does, so that entries that no expert cares for
 become the average. The diagonals given are true ones (per-sample gradients squared, then averaged).
+Formula: merged = sum_i c_i (F_i + floor) expert_i / sum_i c_i (F_i + floor), entry by entry
+Cost: O(T n) time, 4 T chunks of memory besides the T n Fisher values; these take a backward pass for each example
 """
 
 from __future__ import annotations
@@ -11,12 +13,12 @@ from dataclasses import dataclass
 
 from methods.kinds import Piece, Pieces
 from methods.lazy import torch
-from methods.parameters import finite, per_expert, positive, tunable
+from methods.parameters import Params, per_expert, positive, tunable
 from methods.primitives import add_up, spread
 
 
 @dataclass(frozen=True)
-class FisherParams:
+class FisherParams(Params):
     """Parameters of `fisher`; also the schema of conf/method/fisher.yaml."""
 
     normalize: bool = True  # divide each expert's Fisher values by their norm over the model
@@ -24,11 +26,10 @@ class FisherParams:
     weights: list[float] | None = None  # one coefficient for each expert; null for equal ones
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive("floor", self.floor)
-        if self.weights is not None:
-            finite("weights", self.weights)
-            if min(self.weights) < 0 or max(self.weights) == 0:
-                raise ValueError(f"weights must not be negative, nor all zero, got {list(self.weights)}")
+        if self.weights is not None and (min(self.weights) < 0 or max(self.weights) == 0):
+            raise ValueError(f"weights must not be negative, nor all zero, got {list(self.weights)}")
 
 
 def weights(pieces: Pieces, params: FisherParams) -> torch.Tensor:
