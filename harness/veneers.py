@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, make_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from harness.config import closest
+from harness.config import RunConfig, closest
 from methods.catalogue import VENEERS
 from methods.kinds import Base, Kind, Piece, Pieces, Row, Veneer, resolve
 
@@ -31,16 +32,36 @@ def faults(row: Row, names: Sequence[str]) -> list[str]:
     unknown = [
         f"veneers: no veneer is called {name!r}; {closest(name, VENEERS)}" for name in names if name not in VENEERS
     ]
-    twice = [f"veneers: {name} is named twice" for name in dict.fromkeys(names) if names.count(name) > 1]
     reasons = {
         Kind.build: "builds a module and merges no tensors one by one",
         Kind.search: "learns coefficients of the bare rule; put the veneer around that rule instead",
         Kind.fold: "takes the experts one after the other, so that there is no rule to put it around",
+        Kind.compression: "keeps the experts apart, so that there is no merge to put it around",
     }
     refused = []
     if names and row.kind in reasons:
         refused.append(f"veneers: {', '.join(names)} cannot go around {row.name}, which {reasons[row.kind]}")
-    return [*unknown, *twice, *refused]
+    return [*unknown, *refused]
+
+
+@functools.cache
+def settings() -> type:
+    """The section `veneer` of a configuration: the parameters of each by its name."""
+    classes = {name: veneer.load_params() for name, veneer in VENEERS.items()}
+    entries = [(name, cls, field(default_factory=cls)) for name, cls in classes.items()]
+    return make_dataclass("VeneerSettings", entries, frozen=True, namespace={"__module__": __name__})
+
+
+def __getattr__(name: str) -> type:
+    """`VeneerSettings`, under which pickle looks for the class in a study's worker."""
+    if name == "VeneerSettings":
+        return settings()
+    raise AttributeError(f"module {__name__} has no attribute {name}")
+
+
+def asked(config: RunConfig) -> tuple[Worn, ...]:
+    """The veneers that a configuration asks for."""
+    return tuple(Worn(VENEERS[name], getattr(config.veneer, name)) for name in config.veneers)
 
 
 def veneered(row: Row, around: Iterable[Worn]) -> Row:
