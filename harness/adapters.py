@@ -66,11 +66,11 @@ def merge_adapters(
     adapters = _adapters(job.inputs.experts)
     whole, low = _sorted_out(adapters, job)
     found = Found()
-    coefficients = {name: _coefficients(job.row, job.of(name), len(adapters)) for name in low}
+    coefficients = {name: None if job.veneers else _coefficients(job.row, job.of(name), len(adapters)) for name in low}
     on_factors = {name for name in low if coefficients[name] and not _has_norms(adapters, name)}
     on_weights = [name for name in low if name not in on_factors]
     if on_weights and rank is None and energy is None:
-        raise MergeError(_why_a_rank(job.row, adapters, on_weights))
+        raise MergeError(_why_a_rank(job, adapters, on_weights))
     for name in tqdm([name for name in low if name in on_factors], desc="merging factors", unit="matrix", disable=None):
         path, kind = _agreed(name, adapters)
         made = _combined(name, adapters, coefficients[name] or [], rank, energy)
@@ -204,12 +204,13 @@ def _has_norms(adapters: Mapping[str, LoraExpert], name: str) -> bool:
     return any(factors is not None and factors.magnitude for factors in changes)
 
 
-def _why_a_rank(row: Row, adapters: Mapping[str, LoraExpert], names: list[str]) -> str:
-    if row.name in _LINEAR:
+def _why_a_rank(job: Merge, adapters: Mapping[str, LoraExpert], names: list[str]) -> str:
+    if job.row.name in _LINEAR and not job.veneers:
         return f"{names[0]} is changed by DoRA, whose change has full rank: set adapter.rank or adapter.energy"
     ranks = ", ".join(str(adapter.config["r"]) for adapter in adapters.values())
+    method = "+".join([job.row.name, *(worn.veneer.name for worn in job.veneers)])
     return (
-        f"{row.name} is not linear in its experts, so that its result has full rank: set adapter.rank (the experts' "
+        f"{method} is not linear in its experts, so that its result has full rank: set adapter.rank (the experts' "
         f"are {ranks}) or adapter.energy"
     )
 

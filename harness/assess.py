@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from harness import plots, report
 from harness.bench import Bench
+from harness.compress import by_task
 from harness.config import RunConfig
 from harness.evaluate import TaskScore, evaluate
 from harness.inputs import Inputs
@@ -64,11 +65,14 @@ def _scored(config: RunConfig, bench: Bench, fabric: Fabric, tracked: Run, modul
     if not tasks:
         return []
     scores = []
+    chosen = by_task(module, tasks)
     with tracked.phase("evaluate"), _bar(fabric, sum(map(len, tasks.values())), "evaluating") as bar:
-        for found in evaluate(fabric, module, tasks, config.evaluation.batch_size, bar.update):
-            for name, value in {found.metric: found.value, "loss": found.loss, **found.more}.items():
-                tracked.metric(f"{found.task}/{name}", value)
-            scores.append(found)
+        for task, examples in tasks.items():
+            own = {task: examples}
+            for found in evaluate(fabric, chosen(task), own, config.evaluation.batch_size, bar.update):
+                for name, value in {found.metric: found.value, "loss": found.loss, **found.more}.items():
+                    tracked.metric(f"{found.task}/{name}", value)
+                scores.append(found)
     return scores
 
 

@@ -25,6 +25,7 @@ from yaml import YAMLError
 from harness.config import ROOT, ConfigError, RunConfig, closest
 from harness.schema import Sections, check, inner, narrow
 from harness.vary import complete
+from harness.veneers import settings
 from methods.catalogue import CATALOGUE
 
 CONF = ROOT / "conf"
@@ -111,6 +112,7 @@ def _tree(config: RunConfig) -> Tree:
     """The configuration as it is written: schedules in the places of the numbers that stand for them."""
     tree = _portable(dataclasses.asdict(config))
     tree["method"] |= tree.pop("schedules")
+    tree["veneer"] = {name: tree["veneer"][name] for name in config.veneers}
     return tree
 
 
@@ -240,7 +242,7 @@ def _finish(tree: DictConfig, values: list[Override], faults: list[str]) -> RunC
         faulty.add("method")
         faults.append(f"method={tree.method_name}: it is in conf/method but not in methods/catalogue.py")
     params = row.load_params() if row is not None else None
-    hints = typing.get_type_hints(RunConfig) | {"method": params} | dict.fromkeys(faulty, Any)
+    hints = typing.get_type_hints(RunConfig) | {"method": params, "veneer": settings()} | dict.fromkeys(faulty, Any)
     kinds = Sections(RunConfig, frozenset({*NAMES.values(), "schedules"}), hints)
     for override in values:
         if override.key_or_group.partition(".")[0] not in faulty:

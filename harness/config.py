@@ -290,12 +290,15 @@ class RunConfig:
     dry_run: bool  # say what would be done, from headers alone
     engine: EngineSettings
     adapter: AdapterSettings
+    veneers: list[str] = field(default_factory=list)  # what goes around the rule, the first innermost
+    veneer: Any = None  # the parameters of every veneer, by its name
     schedules: dict[str, Any] = field(default_factory=dict)  # of `method`'s fields that differ by tensor; no key
 
     def __post_init__(self) -> None:
         _hold(
             (_seed, "seed", self.seed),
             (_distinct, "experts", self.experts or []),
+            (_distinct, "veneers", self.veneers),
             (one_of, "output_kind", self.output_kind, OUTPUT_KINDS),
         )
 

@@ -13,13 +13,17 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from harness.compress import is_packed, pack
 from harness.config import PoolSettings, RunConfig, UserError
 from harness.crew import Crew, count_workers, crew
 from harness.inputs import Inputs, MergeError
 from harness.merge import Merge, Tick, ready
 from harness.output import merge_to_directory
+from harness.packed import save_packed
 from harness.preflight import Preflight, preflight
 from harness.schedules import resolved
+from harness.stacking import stacked
+from harness.veneers import asked
 from methods.catalogue import find
 from methods.kinds import Kind
 from pools.headers import CheckpointError
@@ -43,6 +47,8 @@ def merge_only(config: RunConfig) -> list[tuple[str, str]]:
             print(f"crucible: {note}", file=sys.stderr)
         nbytes = sum(job.width[name] * math.prod(spec.shape) for name, spec in job.inputs.specs.items())
         with crew(count_workers(config.engine.workers)) as hands, progress(nbytes, job.row.name) as tick:
+            if is_packed(job.row, job.params):
+                return as_packed(config, job, pool, place, hands, tick)
             if config.output_kind == "adapter":
                 return as_adapter(config, job, place, hands, tick)
             done = merge_to_directory(
@@ -70,7 +76,28 @@ def look(config: RunConfig) -> Preflight:
         pool, job = _opened(config)
         layout = pool.layout(lineage(config), job.inputs.dtype)
         notes = tuple(getattr(pool, "notes", ()))
+        if is_packed(job.row, job.params):
+            kept = f"what {job.row.name} keeps of {len(job.inputs.experts)} experts"
+            notes += (f"written are the base and {kept}, whose size shows when it is packed",)
         return preflight(job, layout, count_workers(config.engine.workers), place, dropped_by(pool), notes)
+
+
+def as_packed(config: RunConfig, job: Merge, pool: Pool, place: Path, hands: Crew, tick: Tick) -> list[tuple[str, str]]:
+    """Compress the experts into a directory with their base; returns what it came to, in words."""
+    refuse_adapter(config)
+    packed = pack(job, hands, tick)
+    save_packed(place, packed, pool, lineage(config), config.engine.shard_bytes)
+    return packed.summary()
+
+
+def refuse_adapter(config: RunConfig) -> None:
+    """Refuse to write compressed experts as an adapter.
+
+    Raises:
+        UserError: That is asked for.
+    """
+    if config.output_kind == "adapter":
+        raise UserError(f"{config.method_name} keeps experts compressed, which is no adapter: leave output_kind out")
 
 
 def as_adapter(config: RunConfig, job: Merge, place: Path, hands: Crew, tick: Tick) -> list[tuple[str, str]]:
@@ -93,8 +120,10 @@ def _opened(config: RunConfig) -> tuple[Pool, Merge]:
     row = find(config.method_name)
     if row.kind in (Kind.search, Kind.build, Kind.informed):
         raise UserError(f"{row.name} is fed data: merge with `crucible run method={row.name}`, which has tasks")
+    if row.learns and config.method.steps:
+        raise UserError(f"{row.name} with method.steps is fed data: use `crucible run method={row.name}`, or steps=0")
     device = _device(config.fabric.accelerator)
-    pool = open_checked(config.pool, tracked_place)
+    pool = open_checked(stacked(config), tracked_place)
     return pool, ready(job_of(config, pool, device))
 
 
@@ -102,7 +131,7 @@ def job_of(config: RunConfig, pool: Pool, device: torch.device) -> Merge:
     """The merge that a configuration asks for."""
     dtype = getattr(torch, config.engine.dtype) if config.engine.dtype else None
     inputs = Inputs(pool.base, pool.experts, pool.roles, seed=config.seed, device=device, dtype=dtype)
-    return Merge(find(config.method_name), config.method, inputs, params_by_name(config, pool))
+    return Merge(find(config.method_name), config.method, inputs, params_by_name(config, pool), asked(config))
 
 
 def params_by_name(config: RunConfig, pool: Pool) -> Callable[[str], Any] | None:
@@ -123,6 +152,8 @@ def lineage(config: RunConfig, run_id: str | None = None) -> dict[str, Any]:
     facts = {"method": config.method_name, "params": dataclasses.asdict(config.method), "seed": config.seed}
     if config.schedules:
         facts["schedules"] = config.schedules
+    if config.veneers:
+        facts["veneers"] = {worn.veneer.name: dataclasses.asdict(worn.params) for worn in asked(config)}
     return facts | ({"run_id": run_id} if run_id else {})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -52,14 +52,14 @@ class Held:
         """Whether a tensor of just these experts is here."""
         return experts == self.experts and name in self.stacked
 
-    def numbers(self, row: Row, params: Any, seed: int, compute: Callable[[], Any]) -> Any:
+    def numbers(self, row: Row, params: Any, seed: int, compute: Callable[[], Any], around: Sequence[Any] = ()) -> Any:
         """What the prepare pass finds, from before if nothing that it reads has changed."""
         own = tuple(
             (item.name, repr(getattr(params, item.name)))
             for item in dataclasses.fields(params)
             if item.name not in row.unread
         )
-        key = (row.name, own, seed if row.random else None)
+        key = (row.name, own, seed if row.random else None, repr(around))  # veneers change what the pass sees
         if key not in self._numbers:
             self._numbers[key] = compute()
         return self._numbers[key]

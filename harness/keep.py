@@ -13,13 +13,15 @@ from lightning.fabric import Fabric
 from torch import nn
 
 from harness.bench import Bench
+from harness.compress import Packed, Restored, is_packed, pack
 from harness.config import RunConfig, UserError
 from harness.crew import Crew, count_workers, crew
-from harness.direct import as_adapter, dropped_by, lineage, progress
+from harness.direct import as_adapter, dropped_by, lineage, progress, refuse_adapter
 from harness.execute import FabricTeam
 from harness.make import Made
 from harness.merge import Done, Memory, Merge, Tick, merge_into, ready
 from harness.output import merge_to_directory
+from harness.packed import save_packed
 from harness.preflight import preflight
 from harness.rebuild import recipe
 from harness.track import Run
@@ -70,6 +72,8 @@ def keep(made: Made, keeper: Keeper, kind: str) -> nn.Module | None:
     if made.module is not None:
         return _keep_built(made.module.cpu(), keeper, kind)
     assert made.merge is not None
+    if is_packed(made.merge.row, made.merge.params):
+        return _keep_packed(made.merge, made.packed, keeper, kind)
     config, job = keeper.config, ready(made.merge)
     if config.output_kind == "adapter":
         job = _with_adapter(job, keeper)
@@ -123,6 +127,24 @@ def _keep_written(job: Merge, keeper: Keeper, kind: str, hands: Crew, tick: Tick
     if config.tracking.log_model:
         keeper.tracked.log_model(write if output is None else lambda path: _link(output, path), keeper.facts(kind))
     return result[0]
+
+
+def _keep_packed(job: Merge, packed: Packed | None, keeper: Keeper, kind: str) -> nn.Module | None:
+    """Compress the experts, write them with their base, and hand on the module that becomes any of them."""
+    config, pool, tracked = keeper.config, keeper.bench.pool, keeper.tracked
+    refuse_adapter(config)
+    workers = count_workers(config.engine.workers, keeper.fabric.world_size)
+    with crew(workers) as hands, progress(0, job.row.name, _silent(keeper)) as tick, tracked.phase("merge"):
+        packed = packed or pack(job, hands, tick)  # by each process for itself
+    for name, value in packed.metrics().items():
+        tracked.metric(name, value)
+    told = lineage(config, tracked.id)
+    if keeper.leads and config.output is not None:
+        save_packed(Path(config.output), packed, pool, told, config.engine.shard_bytes)
+    if keeper.leads and config.tracking.log_model:
+        facts = {**keeper.facts(kind), "experts": list(packed.experts)}
+        tracked.log_model(lambda path: save_packed(path, packed, pool, told, config.engine.shard_bytes), facts)
+    return Restored(packed, pool) if keeper.scores else None
 
 
 def _with_adapter(job: Merge, keeper: Keeper) -> Merge:

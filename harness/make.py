@@ -11,11 +11,15 @@ from lightning.fabric import Fabric
 from torch import nn
 from tqdm import tqdm
 
-from harness.adapt import LOSSES, STATISTICS, CoefficientObjective, Report, train
+from harness.adapt import AT_BASE, LOSSES, STATISTICS, CoefficientObjective, Report, train
 from harness.bench import Bench
+from harness.compress import Expert, Packed, is_packed, pack, refuse_strangers
 from harness.config import AdaptationSettings, UserError
+from harness.distill import distilled
 from harness.inputs import Inputs, MergeError, check
+from harness.layerwise import merged_by_layers
 from harness.merge import Merge
+from harness.veneers import Worn
 from methods.catalogue import find
 from methods.kinds import Kind, Row
 
@@ -33,6 +37,7 @@ class Job:
     report: Report = lambda step, loss, coefficients: None
     dtype: torch.dtype | None = None  # of the merged tensors; None: the base's
     params_of: Callable[[str], Any] | None = None  # for each tensor's name, where parameters differ
+    veneers: tuple[Worn, ...] = ()  # around the rule, the first innermost
 
     @property
     def inputs(self) -> Inputs:
@@ -48,6 +53,7 @@ class Made:
     merge: Merge | None = None
     module: nn.Module | None = None
     coefficients: dict[str, torch.Tensor] | None = None  # what a search found: group's name -> (T,)
+    packed: Packed | None = None  # what a compression has packed already, because it had to learn of it
 
 
 def make(job: Job) -> Made:
@@ -56,20 +62,61 @@ def make(job: Job) -> Made:
 
 
 def _rule(job: Job) -> Made:
-    return Made(Merge(job.row, job.params, job.inputs, job.params_of))
+    return Made(Merge(job.row, job.params, job.inputs, job.params_of, job.veneers))
+
+
+def _compression(job: Job) -> Made:
+    """Where one expert is restored, as a rule; else every task has its own. Some learn part of what they store."""
+    if is_packed(job.row, job.params):
+        refuse_strangers(job.row, job.bench.pool.experts, job.bench.tasks)
+        if job.bench.asked is not None:
+            raise UserError(
+                f"tasks.lm_eval asks one model, and {job.row.name} keeps each expert apart; name one as method.expert"
+            )
+    merge = Merge(job.row, job.params, job.inputs, veneers=job.veneers)
+    return _distilled(job, merge) if job.row.learns and job.params.steps else Made(merge)
+
+
+def _distilled(job: Job, merge: Merge) -> Made:
+    """Compress, and learn from unlabelled inputs what the row says."""
+    pool, one = job.bench.pool, job.params.expert
+    fed = _fed(job)
+    rough = pack(merge)
+    total = len(rough.experts) * job.params.steps
+    with tqdm(total=total, desc=job.row.name, unit="step", disable=_silent(job.fabric)) as bar:
+
+        def report(step: int, loss: float) -> None:
+            bar.update()
+            job.report(step, loss, None)
+
+        size = job.adaptation.batch_size
+        packed = distilled(rough, pool, fed, size, job.seed, job.fabric.device, report)
+    if one is None:
+        return Made(merge, packed=packed)
+    assert pool.base is not None, "a compression needs a base"
+    row, restored = find("expert"), Expert(packed, pool.base, pool.roles, one)
+    return Made(Merge(row, row.load_params()(), replace(job.inputs, base=None, experts={one: restored})))
 
 
 def _informed(job: Job) -> Made:
-    """Collect each expert's statistics on its own task, then merge."""
-    bench, collect = job.bench, STATISTICS[job.row.stats]
-    tasks = _own_tasks(job)
+    """Collect each expert's statistics on its own task, then merge; or, layer by layer, one in turn with the other."""
+    bench, statistic = job.bench, STATISTICS[job.row.stats]
+    pool, tasks = bench.pool, _own_tasks(job)
     _refuse_non_finite(job.inputs)
+
+    def collect(expert: str, module: nn.Module, is_linear: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+        examples = bench.adaptation(job.adaptation, job.seed, [expert])[expert]
+        return statistic(job.fabric, module, examples, job.adaptation.batch_size, is_linear)
+
+    plain = Merge(job.row, job.params, job.inputs, job.params_of, job.veneers)
+    if job.row.layerwise:
+        module = pool.module(pool.experts[tasks[0]]).to(job.fabric.device)
+        return Made(merged_by_layers(plain, module, lambda expert, names: collect(expert, module, names)))
     stats = {}
     for expert in tqdm(tasks, desc=f"{job.row.stats} statistics", unit="expert", disable=_silent(job.fabric)):
-        examples = bench.adaptation(job.adaptation, job.seed, [expert])[expert]
-        module = bench.pool.module(bench.pool.experts[expert]).to(job.fabric.device)
-        stats[expert] = collect(job.fabric, module, examples, job.adaptation.batch_size, bench.pool.roles)
-    return Made(Merge(job.row, job.params, replace(job.inputs, stats=stats), job.params_of))
+        weights = pool.base if job.row.stats in AT_BASE else pool.experts[expert]
+        stats[expert] = collect(expert, pool.module(weights).to(job.fabric.device), pool.roles.is_linear)
+    return Made(replace(plain, inputs=replace(plain.inputs, stats=stats)))
 
 
 def _search(job: Job) -> Made:
@@ -140,6 +187,7 @@ _MAKERS: dict[Kind, Callable[[Job], Made]] = {
     Kind.search: _search,
     Kind.fold: _rule,
     Kind.build: _build,
+    Kind.compression: _compression,
 }
 
 

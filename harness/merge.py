@@ -20,9 +20,12 @@ import torch
 from harness.crew import ALONE, Crew
 from harness.inputs import Inputs, MergeError, Tensors, check
 from harness.pieces import Job, cut, own_stream, pieces
+from harness.stacking import restacked
 from harness.veneers import Dress, Worn, dresser, faults, undressed, veneered
 from methods.catalogue import VENEERS, find
 from methods.kinds import Base, Kind, Piece, Pieces, Place, Roles, Row, Veneer, resolve
+from methods.matrices import RankError
+from methods.packing import position
 from methods.primitives import average
 from methods.similarity import cosine_similarities
 from pools.faults import Spec, recast, specs_of
@@ -146,8 +149,8 @@ def merge_state_dicts(
     Args:
         base: The base's tensors by name, or None for methods that do without.
         experts: Name -> tensors by name; the order counts where the method says so.
-        method: A name of the catalogue, of the kinds rule, informed or fold.
-        params: Parameters by name; what is left out has its default.
+        method: A name of the catalogue, of the kinds rule, informed, fold or compression.
+        params: Parameters by name; what is left out has its default. A compression restores the one `expert` named.
         stats: For informed rules, expert -> tensor name (or its module's) -> Fisher diagonal (*shape) or
             Gram matrix (in, in).
         seed: Of random methods; masks depend on it, the tensor's name and the expert's name alone.
@@ -168,7 +171,11 @@ def merge_state_dicts(
     """
     row = find(method)
     made = _make_params(row, params or {})
+    if row.learns and made.steps:
+        raise MergeError(f"{row.name} with steps={made.steps} is fed data: run `crucible run method={row.name}`")
     around = _veneers(row, veneers or {})
+    if row.ranges:
+        base, experts = None, restacked(row, made, experts)
     if roles is None:
         roles = NamedRoles(specs_of(base if base is not None else next(iter(experts.values()), {})))
     return merge(Merge(row, made, Inputs(base, experts, roles, stats, seed), veneers=around))
@@ -217,10 +224,13 @@ def merge_into(
         MergeError: Weights are NaN or infinite, or the rule fails on a tensor.
     """
     started = time.perf_counter()
+    if job.row.kind is Kind.compression and job.params.expert is None:
+        named = ", ".join(job.inputs.experts)
+        raise MergeError(f"{job.row.name} makes no single model: expert=NAME says which is restored; there are {named}")
     if job.row.kind is Kind.fold:
         return _fold(sink, job, tick) if share[0] == 0 else Done()
     job = replace(job, dress=dresser(job.veneers, functools.partial(_walk, job, crew, tick)))
-    numbers = _prepared(job, crew, tick)
+    numbers = look_ahead(job, crew, tick)
     prepared = time.perf_counter()
     whole = not job.row.elementwise or bool(job.row.stats) or _per_tensor(job)
     wanted = [name for name in sink.in_order() if name in job.specs]
@@ -267,7 +277,10 @@ def _selected(row: Row, params: Any, inputs: Inputs) -> Inputs:
     """Only the experts that the method reads, in their order; statistics in the same order."""
     names = tuple(inputs.experts)
     if row.members:
-        names = resolve(row.members)(params, names)
+        try:
+            names = resolve(row.members)(params, names)
+        except ValueError as error:
+            raise MergeError(str(error)) from error
     stats = inputs.stats
     if stats is not None and set(stats) == set(inputs.experts):
         stats = {name: stats[name] for name in names}
@@ -282,7 +295,7 @@ def _per_tensor(job: Merge) -> bool:
     return bool(job.row.prepare) and (job.row.per_tensor or getattr(job.params, "scope", "model") == "tensor")
 
 
-def _prepared(job: Merge, crew: Crew, tick: Tick) -> torch.Tensor | None:
+def look_ahead(job: Merge, crew: Crew, tick: Tick) -> torch.Tensor | None:
     """The numbers over the whole model that the rule is given."""
     if not job.row.prepare or _per_tensor(job) or not any(map(job.inputs.is_weight, job.inputs.specs)):
         return None
@@ -292,7 +305,7 @@ def _prepared(job: Merge, crew: Crew, tick: Tick) -> torch.Tensor | None:
         return prepare(walk, job.params)
     kept = held.made(job.row, lambda: resolve(job.row.kept)(walk))
     extras = {"kept": kept} if job.row.kept else {}
-    return held.numbers(job.row, job.params, job.inputs.seed, lambda: prepare(walk, job.params, **extras))
+    return held.numbers(job.row, job.params, job.inputs.seed, lambda: prepare(walk, job.params, **extras), job.veneers)
 
 
 def _walk(
@@ -353,7 +366,7 @@ def _work(job: Merge, numbers: torch.Tensor | None, sink: Sink, task: Job) -> Do
             start, found = task.start, []
             for piece in pieces(job.row, job.inputs, task):
                 seen, finish = job.dress(piece)
-                result = finish(_call(job.row, params, seen, numbers)).reshape(-1)
+                result = finish(_call(job, params, seen, numbers)).reshape(-1)
                 rounded, error, square = _rounded(result, job, piece, spec)
                 sink.put_part(name, start, rounded)
                 start += len(rounded)
@@ -375,14 +388,14 @@ def _rounded(result: torch.Tensor, job: Merge, piece: Piece, spec: Spec) -> tupl
     result = result.float()
     square = _squares(result)
     if not math.isfinite(square):
-        raise MergeError(_not_finite(piece, tuple(job.inputs.experts), spec))
+        raise MergeError(not_finite(piece, tuple(job.inputs.experts), spec))
     if spec.dtype is torch.float32:
         return result.cpu(), 0.0, square
     rounded = result.to(spec.dtype)
     lost = rounded.float().sub_(result)
     error = _squares(lost)
     if not math.isfinite(error):
-        raise MergeError(_not_finite(piece, tuple(job.inputs.experts), spec))
+        raise MergeError(not_finite(piece, tuple(job.inputs.experts), spec))
     return rounded.cpu(), error, square
 
 
@@ -392,7 +405,7 @@ def _squares(values: torch.Tensor) -> float:
     return found if math.isfinite(found) else float(values.double().square().sum())
 
 
-def _not_finite(piece: Piece, names: tuple[str, ...], spec: Spec) -> str:
+def not_finite(piece: Piece, names: tuple[str, ...], spec: Spec) -> str:
     """Whose weights are NaN or infinite, or that the merged ones are beyond their range."""
     tensors = zip(names, piece.experts, strict=True)
     whose = [f"expert {expert}" for expert, tensor in tensors if not torch.isfinite(tensor).all()]
@@ -403,8 +416,32 @@ def _not_finite(piece: Piece, names: tuple[str, ...], spec: Spec) -> str:
     return f"{piece.name} {tuple(spec.shape)} came out beyond the range of {spec.dtype}; a smaller scale may help"
 
 
-def _call(row: Row, params: Any, piece: Piece, numbers: torch.Tensor | None) -> torch.Tensor:
-    """The rule on one piece, with the extras that its row asks for."""
+def _call(job: Merge, params: Any, piece: Piece, numbers: torch.Tensor | None) -> torch.Tensor:
+    """The rule on one piece, with the extras that its row asks for; of a compression, the expert that is asked for."""
+    made = job.row.load()(piece.base, piece.experts, params, **extras_of(job.row, piece, numbers))
+    if job.row.kind is not Kind.compression:
+        return made
+    return restored(job.row, params, piece, made, _index(job) or 0)
+
+
+def _index(job: Merge) -> int | None:
+    """Where the one expert stands that a compression restores; None where none is asked for.
+
+    Raises:
+        ValueError: There is no such expert.
+    """
+    one = job.params.expert if job.row.kind is Kind.compression else None
+    return None if one is None else position(one, tuple(job.inputs.experts))
+
+
+def restored(row: Row, params: Any, piece: Piece, parts: Tensors, index: int) -> torch.Tensor:
+    """One expert's tensor from the base's and what a compression has stored, (*shape) float32."""
+    extras = {name: value for name, value in extras_of(row, piece, None).items() if name != "numbers"}
+    return resolve(row.restore)(piece.base, parts, index, params, **extras)
+
+
+def extras_of(row: Row, piece: Piece, numbers: torch.Tensor | None) -> dict[str, Any]:
+    """What a row asks for besides base, experts and parameters."""
     extras: dict[str, Any] = {}
     if row.prepare:
         extras["numbers"] = numbers
@@ -414,13 +451,15 @@ def _call(row: Row, params: Any, piece: Piece, numbers: torch.Tensor | None) -> 
         extras["stats"] = piece.stats
     if row.placed:
         extras["place"] = piece.place
-    return row.load()(piece.base, piece.experts, params, **extras)
+    return extras
 
 
 def _buffer_of(name: str, job: Merge) -> torch.Tensor:
     """Integer buffers are the base's; floating ones (running statistics) the mean over the experts."""
     inputs, dtype = job.inputs, job.specs[name].dtype
     experts = [expert[name] for expert in inputs.experts.values()]
+    if (index := _index(job)) is not None:
+        return experts[index].to(dtype, copy=True)
     if experts and dtype.is_floating_point:
         return average(torch.stack([expert.float() for expert in experts])).to(dtype)
     if inputs.base is not None:
@@ -435,7 +474,6 @@ def _buffer_of(name: str, job: Merge) -> torch.Tensor:
 def _fold(sink: Sink, job: Merge, tick: Tick) -> Done:
     """Merge expert after expert; the state, the base and one expert are in memory."""
     inputs = job.inputs
-    assert inputs.base is not None
     names = [name for name in inputs.specs if inputs.is_weight(name)]
 
     def weights(whose: str, tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -447,7 +485,8 @@ def _fold(sink: Sink, job: Merge, tick: Tick) -> Done:
         return loaded
 
     started = time.perf_counter()
-    fold = job.row.load()(weights("the base", inputs.base), job.params, inputs.roles)
+    base = inputs.base if job.row.base is not Base.unused else None
+    fold = job.row.load()(weights("the base", base) if base is not None else {}, job.params, inputs.roles)
     for expert, tensors in inputs.experts.items():
         fold.update(weights(f"expert {expert}", tensors))
     merged = fold.result()
@@ -482,6 +521,8 @@ def _rehearse(job: Merge) -> None:
     piece = Piece("rehearsal", base, torch.ones(n_experts, 2, 2), lambda index: torch.zeros(2, 2), stats, _ANYWHERE)
     try:
         rule_on(job, piece)
+    except RankError:
+        pass  # the tensors' own shapes decide
     except ValueError as error:
         raise MergeError(str(error)) from error
 
@@ -497,4 +538,4 @@ def rule_on(job: Merge, piece: Piece) -> torch.Tensor:
 
     seen, finish = dresser(job.veneers, alone(piece))(piece)
     numbers = resolve(job.row.prepare)(alone(seen), job.params) if job.row.prepare else None
-    return finish(_call(job.row, job.params, seen, numbers))
+    return finish(_call(job, job.params, seen, numbers))

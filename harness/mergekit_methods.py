@@ -29,11 +29,57 @@ def _linear(document: Document) -> Made:
 
 def _slerp(document: Document) -> Made:
     _ask_base(document)
-    for index, piece in enumerate(document.pieces):
-        others = piece.without(document.base)
-        if len(others) != 1:
-            document.fault(f"slerp goes from the base to one model, slice {index} has {len(others)} besides the base")
+    _ask_count(document, 1)
     return "slerp", {"t": document.scalar("t", REQUIRED)}
+
+
+def _nuslerp(document: Document) -> Made:
+    if document.base is not None:
+        _ask_base(document)
+    _ask_count(document, 2)
+    weights = document.per_expert("weight", REQUIRED)
+    if not any(isinstance(weight, list) for weight in weights) and abs(sum(weights)) < 1e-6:
+        document.fault("weight: weights of nuslerp that sum to zero have no counterpart; equal ones go half the way")
+    flat, columns = document.flag("nuslerp_flatten", True), document.flag("nuslerp_row_wise", False)
+    return "nuslerp", {"weights": weights, "along": "tensor" if flat else "first" if columns else "last"}
+
+
+def _multislerp(document: Document) -> Made:
+    if document.base is not None:
+        _ask_base(document)
+    weights = document.per_expert("weight", REQUIRED)
+    document.ignored("eps", "it keeps mergekit from dividing by zero, which is done otherwise here")
+    return "multislerp", {"weights": weights, "normalize": document.flag("normalize_weights", True)}
+
+
+def _karcher(document: Document) -> Made:
+    document.base_merges = True
+    listed = [given.reference for piece in document.pieces for given in piece.inputs]
+    if document.base is not None and document.base not in listed:
+        document.fault("base_model: karcher averages it in like the others; list it among the models, or remove it")
+    steps, tolerance = (_one_number(document, name, default) for name, default in (("max_iter", 10), ("tol", 1e-5)))
+    return "karcher", {"steps": int(steps), "tolerance": tolerance}
+
+
+def _model_stock(document: Document) -> Made:
+    _ask_base(document)
+    by_filter = document.flag("filter_wise", False)
+    if by_filter:
+        document.note("filter_wise takes each output filter of a convolution, mergekit each row of its kernels")
+    return "model_stock", {"filter_wise": by_filter, "clamp": False}
+
+
+def _nearswap(document: Document) -> Made:
+    _ask_base(document)
+    _ask_count(document, 1)
+    return "nearswap", {"t": document.scalar("t", REQUIRED)}
+
+
+def _arcee_fusion(document: Document) -> Made:
+    _ask_base(document)
+    _ask_count(document, 1)
+    document.note("arcee_fusion takes exact quantiles, where mergekit samples tensors of more than a million entries")
+    return "arcee_fusion", {}
 
 
 def _passthrough(document: Document) -> Made:
@@ -64,31 +110,54 @@ def _ties(document: Document) -> Made:
     params["disjoint"] = "mean" if document.flag("normalize", True) else "sum"
     params["weights"] = document.per_expert("weight", REQUIRED)
     _common(document)
-    _refuse_rescale(document, "ties")
+    if document.flag("rescale", False):
+        params["rescale"] = "l1"
     return "ties", params | _densities(document)
 
 
 def _dare(base_rule: str) -> Callable[[Document], Made]:
     def convert(document: Document) -> Made:
-        _ask_base(document)
-        params: dict[str, Any] = {"base_rule": base_rule, "rescale": document.flag("rescale", True)}
-        weights, scale = document.per_expert("weight", REQUIRED), document.scalar("lambda", 1.0)
-        normalize = document.flag("normalize", False)
-        if base_rule == "ties":
-            params |= {"trim": 1.0, "scope": "tensor", "disjoint": "mean" if normalize else "sum"}
-        elif normalize:
-            scale = _normalized(document, scale, weights)
-        _common(document)
-        found = _densities(document)
-        if found != {"density": 1.0}:
-            how = "is divided by its density, where mergekit matches the L1 norm of each tensor"
-            rescaled = f"; what is left {how}" if params["rescale"] else ""
-            document.note(
-                f"the entries that are dropped follow from this tool's seed, they are not mergekit's{rescaled}"
-            )
-        return "dare", {**params, "scale": scale, "weights": weights, **found}
+        params = _dropped(document, base_rule == "ties", normalize=False) | {"scope": "tensor"}
+        return ("dare_ties", params | {"trim": 1.0}) if base_rule == "ties" else ("dare", params)
 
     return convert
+
+
+def _della(base_rule: str) -> Callable[[Document], Made]:
+    def convert(document: Document) -> Made:
+        epsilon = _of_all(document, "epsilon", 0.15)
+        name = "della" if base_rule == "ties" else "della_linear"
+        return name, {"epsilon": epsilon, **_dropped(document, base_rule == "ties", normalize=base_rule == "ties")}
+
+    return convert
+
+
+def _breadcrumbs(base_rule: str) -> Callable[[Document], Made]:
+    def convert(document: Document) -> Made:
+        gamma = _of_all(document, "gamma", 0.01)
+        params = _summed(document, base_rule == "ties", normalize=False)
+        _refuse_rescale(document, document.method)
+        return document.method, {"gamma": gamma, **params}
+
+    return convert
+
+
+def _sce(document: Document) -> Made:
+    _ask_base(document)
+    _common(document)
+    document.note("sce weighs experts by their changes however small, mergekit equally where all changes are tiny")
+    return "sce", {"density": document.scalar("select_topk", 1.0)}
+
+
+def _ram(document: Document) -> Made:
+    _ask_base(document)
+    return "ram", {"epsilon": document.scalar("epsilon", 1e-5)}
+
+
+def _ramplus_tl(document: Document) -> Made:
+    _ask_base(document)
+    found = {name: document.scalar(name, default) for name, default in (("r", 0.1), ("alpha", 0.2), ("epsilon", 1e-5))}
+    return "ramplus_tl", {**found, "scope": "tensor"}
 
 
 METHODS: dict[str, Callable[[Document], Made]] = {
@@ -98,6 +167,19 @@ METHODS: dict[str, Callable[[Document], Made]] = {
     "ties": _ties,
     "dare_ties": _dare("ties"),
     "dare_linear": _dare("linear"),
+    "della": _della("ties"),
+    "della_linear": _della("linear"),
+    "breadcrumbs": _breadcrumbs("linear"),
+    "breadcrumbs_ties": _breadcrumbs("ties"),
+    "sce": _sce,
+    "ram": _ram,
+    "ramplus_tl": _ramplus_tl,
+    "nuslerp": _nuslerp,
+    "multislerp": _multislerp,
+    "karcher": _karcher,
+    "model_stock": _model_stock,
+    "nearswap": _nearswap,
+    "arcee_fusion": _arcee_fusion,
     "passthrough": _passthrough,
 }
 
@@ -112,6 +194,35 @@ def _ask_base(document: Document) -> None:
             document.fault(
                 f"slices[{index}]: {document.method} needs the base among its sources once, it is there {count} times"
             )
+
+
+def _ask_count(document: Document, wanted: int) -> None:
+    """The method merges so many models besides the base."""
+    for index, piece in enumerate(document.pieces):
+        found = len(piece.without(document.base))
+        if found != wanted:
+            besides = " besides the base" if document.base is not None else ""
+            document.fault(f"{document.method} merges {wanted} model(s){besides}, slice {index} has {found}")
+
+
+def _summed(document: Document, votes: bool, normalize: bool) -> dict[str, Any]:
+    """Weights, densities and scale of a sum of task vectors, which `votes` or not."""
+    _ask_base(document)
+    weights, scale = document.per_expert("weight", REQUIRED), document.scalar("lambda", 1.0)
+    normalized = document.flag("normalize", normalize)
+    disjoint = {"disjoint": "mean" if normalized else "sum"} if votes else {}
+    if normalized and not votes:
+        scale = _normalized(document, scale, weights)
+    _common(document)
+    return {**disjoint, "scale": scale, "weights": weights, **_densities(document)}
+
+
+def _dropped(document: Document, votes: bool, normalize: bool) -> dict[str, Any]:
+    """The same where entries are dropped at random."""
+    params = {"rescale": "l1" if document.flag("rescale", True) else "none", **_summed(document, votes, normalize)}
+    if params.get("density") != 1.0:
+        document.note("the entries that are dropped follow from this tool's seed, they are not mergekit's")
+    return params
 
 
 def _common(document: Document) -> None:
@@ -143,6 +254,23 @@ def _densities(document: Document) -> dict[str, Any]:
     if all(density == found[0] for density in found) and not isinstance(found[0], list):
         return {"density": found[0]}
     return {"densities": found}
+
+
+def _of_all(document: Document, name: str, default: float) -> Any:
+    """One number or schedule that all experts share."""
+    found = document.per_expert(name, default)
+    if any(value != found[0] for value in found):
+        document.fault(f"{name}: one for all models has a counterpart, different ones have none")
+    return found[0] if found else default
+
+
+def _one_number(document: Document, name: str, default: float) -> float:
+    """A number that is the same for all tensors."""
+    found = document.scalar(name, default)
+    if isinstance(found, list):
+        document.fault(f"{name}: one number for all tensors has a counterpart, nothing else")
+        return default
+    return float(found)
 
 
 def _values(found: Any) -> list[float]:

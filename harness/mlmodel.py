@@ -135,18 +135,21 @@ def _signature(family: str, metadata: Mapping[str, Any]) -> ModelSignature | Non
     from mlflow.types.schema import AnyType, Array
 
     labels = Schema([ColSpec("string", "label"), ColSpec(Array(DataType.double), "probabilities")])
+    expert = [ParamSpec("expert", "string", default="")] if metadata.get("experts") else []  # which of those compressed
     if family == "clip":  # zero-shot: the classes are parameters
         asked = [
             ParamSpec("task", "string", default=next(iter(metadata.get("tasks") or {}), "")),
             ParamSpec("classes", "string", default=[], shape=(-1,)),
             ParamSpec("templates", "string", default=[], shape=(-1,)),
+            *expert,
         ]
         return ModelSignature(Schema([ColSpec(AnyType(), "image")]), labels, ParamSchema(asked))
     if family == "sequence_classification":
-        return ModelSignature(Schema([ColSpec("string", "text")]), labels)
+        return ModelSignature(Schema([ColSpec("string", "text")]), labels, *([ParamSchema(expert)] if expert else []))
     if family == "state_dict":
         return None
     asked = [ParamSpec("max_new_tokens", "long", default=MAX_NEW_TOKENS), ParamSpec("stop", "string", default=None)]
+    asked += expert
     return ModelSignature(
         Schema([ColSpec("string", "prompt")]), Schema([ColSpec("string", "text")]), ParamSchema(asked)
     )

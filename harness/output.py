@@ -144,6 +144,7 @@ def merge_key(job: Merge, layout: Layout, shard_bytes: int) -> str | None:
         "version": [version("crucible"), version("torch")],
         "method": job.row.name,
         "params": [dataclasses.asdict(job.params), {name: dataclasses.asdict(job.of(name)) for name in job.specs}],
+        "veneers": [[worn.veneer.name, dataclasses.asdict(worn.params)] for worn in job.veneers],
         "seed": inputs.seed,
         "device": inputs.device.type,
         "specs": {name: [list(spec.shape), str(spec.dtype)] for name, spec in layout.specs.items()},

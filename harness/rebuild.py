@@ -1,4 +1,4 @@
-"""Models that were written, as modules again: a checkpoint of a pool's family, or what a build made."""
+"""Models that were written, as modules again: checkpoints of a pool's family, what a build made, compressed experts."""
 
 from __future__ import annotations
 
@@ -33,19 +33,22 @@ def rebuild(recipe: Mapping[str, Any], pool: Pool) -> nn.Module:
 
 
 def open_directory(directory: Path, family: str = "clip", trust_remote_code: bool = False) -> tuple[nn.Module, Pool]:
-    """The module of a model directory, merged or built, and the pool that feeds it and makes its heads.
+    """The module of a model directory, merged, built or compressed, and the pool that feeds it and makes its heads.
 
     Args:
         directory: What a run has written, or a checkpoint.
-        family: The pool's; what was built knows its own.
+        family: The pool's; what was built or compressed knows its own.
         trust_remote_code: Code among the files of a language model may run.
 
     Raises:
         CheckpointError: The directory holds no complete model of the family.
     """
+    from harness.packed import is_compressed, open_packed
     from pools.open import open_pool
     from pools.wrapped import is_wrapped, load_wrapped
 
+    if is_compressed(directory):
+        return open_packed(directory, trust_remote_code)
     if is_wrapped(directory):
         wrapped = load_wrapped(directory, rebuild)
         return wrapped.module, wrapped.pool

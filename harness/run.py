@@ -22,7 +22,9 @@ from harness.inputs import MergeError
 from harness.keep import Keeper, keep, members, refuse_taken
 from harness.make import Job, Made, make
 from harness.rebuild import open_directory
+from harness.stacking import stacked
 from harness.track import DataInput, Run, local_path, open_run
+from harness.veneers import asked
 from methods.catalogue import find
 from methods.kinds import Row
 from pools.headers import CheckpointError
@@ -44,7 +46,7 @@ def run(config: RunConfig, parent: str | None = None) -> Outcome:
     with together(fabric), _tracked(config, row, fabric, parent) as tracked:
         with tracked.phase("open"):
             refuse_taken(config.output)
-            bench = open_bench(config.pool, config.tasks, local_path)
+            bench = open_bench(stacked(config), config.tasks, local_path)
             _record_inputs(tracked, bench, config)
         with tracked.phase("prepare"):
             made = _made(config, row, bench, fabric, tracked)
@@ -94,7 +96,7 @@ def _tracked(config: RunConfig, row: Row, fabric: Fabric, parent: str | None = N
         "device": describe(fabric),
         **config.tracking.tags,
     }
-    if (row.data or row.stats) and config.adaptation.split == "test":
+    if (row.data or row.stats or (row.learns and config.method.steps)) and config.adaptation.split == "test":
         tags["transductive"] = "true"
     with (
         open_run(
@@ -131,7 +133,12 @@ def _name(config: RunConfig) -> str:
     default = type(config.method)()
     values = vars(config.method) | config.schedules
     changed = {name: value for name, value in values.items() if value != getattr(default, name)}
-    words = [config.method_name, *(f"{name}={value}" for name, value in changed.items()), "on", config.pool_name]
+    words = [
+        "+".join([config.method_name, *config.veneers]),
+        *(f"{name}={value}" for name, value in changed.items()),
+        "on",
+        config.pool_name,
+    ]
     return " ".join(words) + (f" seed {config.seed}" if find(config.method_name).random else "")
 
 
@@ -158,7 +165,9 @@ def _made(config: RunConfig, row: Row, bench: Bench, fabric: Fabric, tracked: Ru
     losses: list[float] = []
     dtype = getattr(torch, config.engine.dtype) if config.engine.dtype else None
     own = params_by_name(config, bench.pool)
-    made = make(Job(row, config.method, bench, fabric, config.adaptation, config.seed, stepped, dtype, own))
+    made = make(
+        Job(row, config.method, bench, fabric, config.adaptation, config.seed, stepped, dtype, own, asked(config))
+    )
     if losses and config.evaluation.plots and fabric.is_global_zero:
         tracked.figure(plots.learning_curve(losses), "plots/adaptation_loss.png")
     if made.coefficients is not None:

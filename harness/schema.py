@@ -108,6 +108,8 @@ def _construct(kind: Any, values: Tree, prefix: str, faults: list[str]) -> Any:
             faults.append(f"{prefix}{name}={_shown(good[name])}: {line}")
         elif name not in fields:
             faults.append(f"{prefix[:-1]}: {line}")
+        elif name not in good and name not in faulty:  # a default does not go with what is given
+            faults.append(f"{prefix}{name}: {line}")
     return built
 
 
@@ -205,7 +207,7 @@ def _unfit_experts(config: RunConfig, row: Row) -> list[str]:
     if row.base is Base.needed and config.pool.base is None:
         faults.append(f"{row.name} needs a base model, {where} has none; pool.base=PATH names one")
     for name, value in vars(config.method).items():
-        if isinstance(value, list) and len(value) != len(names):
+        if isinstance(value, list) and len(value) != len(names) and not row.ranges:  # those list layers
             faults.append(f"method.{name} lists {len(value)} numbers for {len(names)} experts; give one for each")
     return faults
 

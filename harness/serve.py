@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from harness.rebuild import open_directory
-from harness.serve_language import Served, open_served
+from harness.serve_language import Served, chosen, open_served
 
 if TYPE_CHECKING:
     import pandas
@@ -48,7 +48,8 @@ class ZeroShot:
         Args:
             model_input: A column `image`: encoded bytes (PNG, JPEG, ...), the same in base64, or PIL images.
             params: `task`, one of the tasks the model was scored on; or `classes`, and optionally `templates`
-                with `{}` for the class, as a task has them.
+                with `{}` for the class, as a task has them. `expert`: of compressed experts the one that answers, by
+                default the one of the task's name.
 
         Returns:
             A row for each image: `label`, and `probabilities` in the order of the classes.
@@ -56,13 +57,14 @@ class ZeroShot:
         import pandas
         import torch
 
+        module = chosen(self._module, params or {}, "task")
         labels, templates = self._classes(params or {})
         head = self._head(labels, templates)
         images = [decoded(each) for each in _column(model_input)]
         shares = []
         with torch.inference_mode():
             for start in range(0, len(images), BATCH):
-                embeddings = self._module(**self._pool.feed(images[start : start + BATCH]))  # (B, D)
+                embeddings = module(**self._pool.feed(images[start : start + BATCH]))  # (B, D)
                 shares += (embeddings @ head.T).softmax(-1).tolist()
         winners = [labels[max(range(len(labels)), key=row.__getitem__)] for row in shares]
         return pandas.DataFrame({"label": winners, "probabilities": shares}, index=model_input.index)

@@ -40,6 +40,27 @@ def open_served(directory: Path, family: str, trust_remote_code: bool = False) -
     return Classifier(module, pool) if family == "sequence_classification" else Continuation(module, pool)
 
 
+def chosen(module: Any, params: Mapping[str, Any], otherwise: str = "expert") -> Any:
+    """The module that answers: of compressed experts the one named.
+
+    Args:
+        module: What was opened.
+        params: `expert` names one.
+        otherwise: The parameter that names it where `expert` does not.
+
+    Raises:
+        ValueError: None is named, or one that is not there; or an expert is named of a single model.
+    """
+    from harness.compress import Restored
+
+    named = params.get("expert") or None
+    if isinstance(module, Restored):
+        return module.of(named or params.get(otherwise) or "")
+    if named is not None:
+        raise ValueError(f"this is a single model and holds no expert by name, got expert={named!r}; leave it out")
+    return module
+
+
 class Continuation:
     """A model that continues prompts, or answers them, greedily."""
 
@@ -52,7 +73,8 @@ class Continuation:
 
         Args:
             model_input: A column `prompt` of texts.
-            params: `max_new_tokens`, at least 1; `stop`, a text that ends a continuation and is no part of it.
+            params: `max_new_tokens`, at least 1; `stop`, a text that ends a continuation and is no part of it;
+                `expert`, which of compressed experts answers.
 
         Returns:
             A row for each prompt: `text`, what follows it, without the prompt.
@@ -69,7 +91,7 @@ class Continuation:
             raise ValueError(f"max_new_tokens is a whole number of at least 1, got {n!r}")
         if stop is not None and not isinstance(stop, str):
             raise ValueError(f"stop is a text that ends a continuation, got {stop!r}")
-        found = self._pool.generate(self._module, prompts, n, stop)
+        found = self._pool.generate(chosen(self._module, asked), prompts, n, stop)
         return pandas.DataFrame({"text": found}, index=model_input.index)
 
 
@@ -85,7 +107,7 @@ class Classifier:
 
         Args:
             model_input: A column `text`.
-            params: None are known.
+            params: `expert`, which of compressed experts answers, with its own head.
 
         Returns:
             A row for each text: `label`, and `probabilities` in the order of config.json's `id2label`.
@@ -97,24 +119,26 @@ class Classifier:
         import pandas
         import torch
 
-        texts, labels = texts_of(model_input, "text"), self._labels()
+        module = chosen(self._module, params or {})
+        texts, labels = texts_of(model_input, "text"), _labels(module)
         shares: list[list[float]] = []
         with torch.inference_mode():
             for start in range(0, len(texts), BATCH):
-                logits = self._module(**self._pool.feed(texts[start : start + BATCH])).logits  # (B, K)
+                logits = module(**self._pool.feed(texts[start : start + BATCH])).logits  # (B, K)
                 shares += logits.softmax(-1).tolist()
         winners = [labels[max(range(len(labels)), key=row.__getitem__)] for row in shares]
         return pandas.DataFrame({"label": winners, "probabilities": shares}, index=model_input.index)
 
-    def _labels(self) -> list[str]:
-        """Names of the classes, in the order of the logits."""
-        config = self._module.config
-        if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
-            raise ValueError(
-                f"the model does not choose one of several classes for a text (num_labels={config.num_labels}, "
-                f"problem_type={config.problem_type}); load it with transformers to read its logits"
-            )
-        return [str(config.id2label[index]) for index in range(config.num_labels)]
+
+def _labels(module: Any) -> list[str]:
+    """Names of the classes, in the order of the logits."""
+    config = module.config
+    if config.num_labels < 2 or config.problem_type in ("regression", "multi_label_classification"):
+        raise ValueError(
+            f"the model does not choose one of several classes for a text (num_labels={config.num_labels}, "
+            f"problem_type={config.problem_type}); load it with transformers to read its logits"
+        )
+    return [str(config.id2label[index]) for index in range(config.num_labels)]
 
 
 class Unserved:

@@ -17,6 +17,7 @@ from torch import nn
 from harness.assess import summarise
 from harness.bench import Bench, open_bench
 from harness.bootstrap import Rows
+from harness.compress import Restored, by_task, is_packed, pack
 from harness.config import RunConfig, UserError
 from harness.crew import count_workers, crew
 from harness.direct import open_checked, params_by_name, refusals
@@ -28,7 +29,9 @@ from harness.inputs import Inputs
 from harness.make import Job, make
 from harness.merge import Memory, Merge, merge_into, ready
 from harness.references import References, references
+from harness.stacking import stacked
 from harness.track import local_path
+from harness.veneers import asked
 from methods.catalogue import find
 from methods.kinds import Kind
 
@@ -87,7 +90,7 @@ class Resident:
         if self.fabric.device.type == "cpu":
             torch.set_num_threads(count_workers("auto", processes))
         with refusals():
-            self.bench = open_bench(config.pool, config.tasks, local_path)
+            self.bench = open_bench(stacked(config), config.tasks, local_path)
         self._benches = {_place(config): (self.bench, self._held(self.bench))}
         self._step_rows = step_rows
         self._pieces: dict[Any, list[_Piece]] = {}
@@ -114,23 +117,28 @@ class Resident:
         merged = time.perf_counter()
         sums: dict[str, _Sums] = {}
         pieces = self._pieces_of(config, bench)
-        module = module.to(self.fabric.device).eval()
+        chosen = by_task(module.eval(), bench.tasks)
+        evaluated_s = 0.0  # without what is done with a step before the next one is asked for
         for done, piece in enumerate(pieces, start=1):
-            found = score(self.fabric, module, piece.task, piece.examples, config.evaluation.batch_size, lambda n: None)
+            began = time.perf_counter()
+            own = chosen(piece.task).to(self.fabric.device)
+            found = score(self.fabric, own, piece.task, piece.examples, config.evaluation.batch_size, lambda n: None)
             sums.setdefault(piece.task, _Sums(found)).add(found)
             metrics = _metrics([sums[task].score() for task in bench.tasks if task in sums], self.known)
-            costs = {"time/merge_s": merged - started, "time/evaluate_s": time.perf_counter() - merged}
+            evaluated_s += time.perf_counter() - began
+            costs = {"time/merge_s": merged - started, "time/evaluate_s": evaluated_s}
             yield Step(piece.index, done, len(pieces), found, metrics | {**costs, "model/bytes": float(nbytes)})
 
     def rows(self, config: RunConfig, seed: int) -> Rows:
         """Each example's own score, for intervals: task -> (N,) of its metric, where that is a mean over examples."""
         bench, held = self._bench(config)
         module, _ = self._merged(replace(config, seed=seed), bench, held)
-        module = module.to(self.fabric.device).eval()
+        chosen = by_task(module.eval(), bench.tasks)
         found = {}
         for task, examples in bench.evaluation(config.evaluation, config.seed).items():
             if isinstance(examples, Examples):
-                found[task] = _right(self.fabric, module, examples, config.evaluation.batch_size)
+                own = chosen(task).to(self.fabric.device)
+                found[task] = _right(self.fabric, own, examples, config.evaluation.batch_size)
         return found
 
     def n_steps(self, config: RunConfig) -> int:
@@ -144,7 +152,7 @@ class Resident:
         place = _place(config)
         if place not in self._benches:
             with refusals():
-                bench = open_bench(config.pool, config.tasks, local_path)
+                bench = open_bench(stacked(config), config.tasks, local_path)
             self._benches[place] = (bench, self._held(bench))
         return self._benches[place]
 
@@ -165,18 +173,28 @@ class Resident:
             config.seed,
             dtype=dtype,
             params_of=params_by_name(config, bench.pool),
+            veneers=asked(config),
         )
         key = (row.stats, repr(config.adaptation), config.seed, _place(config))
-        if row.kind is Kind.informed and key in self._stats:
-            merge: Merge | None = Merge(row, job.params, replace(job.inputs, stats=self._stats[key]), job.params_of)
+        reusable = row.kind is Kind.informed and not row.layerwise  # those depend on what is merged before
+        if reusable and key in self._stats:
+            merge: Merge | None = Merge(
+                row, job.params, replace(job.inputs, stats=self._stats[key]), job.params_of, job.veneers
+            )
         else:
             made = make(job)
             if made.module is not None:
                 return made.module, _nbytes(made.module)
+            if made.packed is not None:
+                return Restored(made.packed, bench.pool), made.packed.with_base_bytes
             merge = made.merge
         assert merge is not None
-        if row.kind is Kind.informed:
+        if reusable:
             self._stats[key] = merge.inputs.stats
+        if is_packed(row, job.params):
+            with crew(self._workers if self.fabric.device.type == "cpu" else 1) as hands:
+                packed = pack(replace(merge, inputs=replace(merge.inputs, held=held)), hands)
+            return Restored(packed, bench.pool), packed.with_base_bytes
         merge = ready(replace(merge, inputs=replace(merge.inputs, held=held)))
         sink = Memory(merge.specs)
         with crew(self._workers if self.fabric.device.type == "cpu" else 1) as hands:
@@ -275,7 +293,7 @@ def depth_of(config: RunConfig) -> tuple[bool, int, bool]:
         UserError: The pool cannot be opened.
     """
     with refusals():
-        pool = open_checked(config.pool, local_path)
+        pool = open_checked(stacked(config), local_path)
     inputs, roles = Inputs(pool.base, pool.experts, pool.roles), pool.roles
     depths = {roles.layer_of(name) for name in inputs.specs if inputs.is_weight(name)}
     return 0 in depths, roles.n_layers, roles.n_layers + 1 in depths
@@ -300,7 +318,7 @@ def _named(found: TaskScore) -> list[tuple[str, float]]:
 
 def _place(config: RunConfig) -> str:
     """What a bench is opened for."""
-    return repr((config.pool, config.tasks))
+    return repr((stacked(config), config.tasks))
 
 
 def _nbytes(module: nn.Module) -> int:

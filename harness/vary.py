@@ -11,6 +11,8 @@ from typing import Any
 from harness.config import ConfigError, RunConfig, closest
 from harness.schedules import refused, split
 from harness.schema import Sections, check, narrow, unfit
+from harness.veneers import faults as refused_veneers
+from harness.veneers import settings
 from methods.catalogue import find
 from methods.kinds import Row
 
@@ -39,7 +41,7 @@ def vary(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
 def sections(row: Row) -> Sections:
     """What the top of a configuration with this method holds."""
-    hints = typing.get_type_hints(RunConfig) | {"method": row.load_params()}
+    hints = typing.get_type_hints(RunConfig) | {"method": row.load_params(), "veneer": settings()}
     return Sections(RunConfig, HIDDEN, hints)
 
 
@@ -48,7 +50,7 @@ def complete(plain: Tree, row: Row, kinds: Sections, faults: list[str]) -> Any:
     plain["method"], schedules = split(plain.get("method"), row, faults)
     config = check(plain | {"schedules": schedules}, kinds, "", faults)
     if not faults:
-        faults += [*unfit(config, row), *refused(config.method, schedules, row)]
+        faults += [*unfit(config, row), *refused_veneers(row, config.veneers), *refused(config.method, schedules, row)]
     return config
 
 

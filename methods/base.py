@@ -2,6 +2,8 @@
 
 Source: none; the lower reference of every fusion paper.
 Differs: nothing.
+Formula: merged = base
+Cost: O(n) time, 2 chunks of memory
 """
 
 from __future__ import annotations

@@ -26,28 +26,92 @@ _REFERENCES = (
 _AVERAGES = (
     _row("simple_average", "arXiv:2203.05482", base=Base.unused),
     _row("weighted_average", "arXiv:2203.05482", base=Base.unused, ordered=True),
+    _row("linear_interpolation", "arXiv:2109.01903", base=Base.optional, ordered=True, n_experts=(1, 2)),
+    _row("model_stock", "arXiv:2403.19522", n_experts=(2, None), elementwise=False, may_rest=True),
+    _row("expo", "arXiv:2404.16792", prepare="methods.expo:thresholds", per_tensor=True),
+    _row("nan", "arXiv:2505.16148", base=Base.optional, prepare="methods.nan:coefficients", unread=("scale",)),
+    _row("metagpt", "arXiv:2406.11385", prepare="methods.metagpt:coefficients", unread=("scale",)),
 )  # fmt: skip
 
 _TASK_VECTORS = (
     _row("task_arithmetic", "arXiv:2212.04089"),
     _row(
         "ties", "arXiv:2306.01708", prepare="methods.ties:thresholds", prepared="methods.ties:prepared",
-        unread=("scale", "weights", "disjoint"), kept="methods.ties:magnitudes",
+        unread=("scale", "weights", "disjoint", "elect"), kept="methods.ties:magnitudes",
     ),
     _row(
         "dare", "arXiv:2311.03099", random=True, prepare="methods.dare:thresholds", prepared="methods.dare:prepared",
         unread=("scale", "weights", "disjoint"),
     ),
+    _row(
+        "dare_ties", "arXiv:2311.03099", file="dare", function="methods.dare:dare", random=True,
+        prepare="methods.dare:thresholds", prepared="methods.dare:prepared", unread=("scale", "weights", "disjoint"),
+    ),
+    _row("della", "arXiv:2406.11617", random=True, elementwise=False),
+    _row(
+        "della_linear", "arXiv:2406.11617", file="della", function="methods.della:della", random=True,
+        elementwise=False,
+    ),
+    _row("breadcrumbs", "arXiv:2312.06795", prepare="methods.breadcrumbs:bounds", per_tensor=True),
+    _row(
+        "breadcrumbs_ties", "arXiv:2312.06795", file="breadcrumbs", function="methods.breadcrumbs:breadcrumbs",
+        prepare="methods.breadcrumbs:bounds", per_tensor=True,
+    ),
+    _row("magmax", "arXiv:2407.06322"),
+    _row("consensus_ta", "arXiv:2405.07813", file="consensus", n_experts=(2, None)),
+    _row(
+        "consensus_ties", "arXiv:2405.07813", file="consensus", n_experts=(2, None), prepare="methods.ties:thresholds",
+        prepared="methods.ties:prepared", unread=("scale", "agree", "selectivity", "selectivities", "disjoint"),
+        kept="methods.ties:magnitudes",
+    ),
+    _row(
+        "pcb", "arXiv:2410.02396", prepare="methods.pcb:ranges", prepared="methods.pcb:prepared",
+        unread=("scale", "weights"),
+    ),
+    _row("cabs", "arXiv:2503.01874", ordered=True, elementwise=False),
+    _row("sce", "arXiv:2408.07990", prepare="methods.sce:selection", per_tensor=True),
+    _row("ram", "arXiv:2601.13572"),
+    _row(
+        "ramplus_tl", "arXiv:2601.13572", file="ram", prepare="methods.ram:factors", prepared="methods.ram:prepared",
+        unread=("scale",),
+    ),
+    _row("magnitude_prune", "arXiv:1506.02626", elementwise=False),
 )  # fmt: skip
 
 _GEOMETRY = (
     _row(
-        "slerp", "Shoemake 1985", base=Base.optional, ordered=True, n_experts=(1, 2),
-        prepare="methods.slerp:coefficients", per_tensor=True,
+        "slerp", "Shoemake 1985", base=Base.optional, ordered=True, prepare="methods.slerp:coefficients",
+        per_tensor=True,
     ),
+    _row("nuslerp", "mergekit", base=Base.origin, n_experts=(2, 2), elementwise=False),
+    _row("multislerp", "mergekit", base=Base.origin, prepare="methods.multislerp:coefficients", per_tensor=True),
+    _row("karcher", "Karcher 1977", base=Base.unused, prepare="methods.karcher:coefficients", per_tensor=True),
+    _row("nearswap", "mergekit", n_experts=(1, 1)),
+    _row("arcee_fusion", "mergekit", n_experts=(1, 1), elementwise=False, may_rest=True),
 )  # fmt: skip
 
-_SPECTRA: tuple[Row, ...] = ()
+_SPECTRA: tuple[Row, ...] = (
+    _row("iso_c", "arXiv:2502.04959", file="iso", elementwise=False, placed=True),
+    _row("iso_cts", "arXiv:2502.04959", file="iso", elementwise=False, placed=True),
+    _row("tsv_m", "arXiv:2412.00081", elementwise=False, placed=True),
+    _row("cart", "arXiv:2412.12153", base=Base.unused, elementwise=False, placed=True),
+    _row("star", "arXiv:2502.10339", elementwise=False, placed=True),
+    _row("subspace_boosting", "arXiv:2506.16506", elementwise=False, placed=True),
+    _row(
+        "singular_projection", "arXiv:2408.10174", n_experts=(1, 1), elementwise=False, placed=True, may_rest=True,
+    ),
+    _row("wudi", "arXiv:2503.08099", elementwise=False, placed=True),
+    _row(
+        "doge_ta", "arXiv:2501.01230", elementwise=False, placed=True, prepare="methods.doge_ta:thresholds",
+        prepared="methods.doge_ta:prepared",
+        unread=("scale", "eta", "lr", "steps", "subspace", "others"),
+    ),
+    _row("ace", "arXiv:2603.02945", elementwise=False, placed=True),
+    _row(
+        "awd", "arXiv:2411.18729", prepare="methods.awd:coefficients", prepared="methods.awd:prepared",
+        unread=("scale",), kept="methods.awd:products",
+    ),
+)  # fmt: skip
 
 _INFORMED = (
     _row(
@@ -57,17 +121,66 @@ _INFORMED = (
     _row(
         "regmean", "arXiv:2212.09849", Kind.informed, base=Base.unused, stats="gram", elementwise=False, data="inputs",
     ),
+    _row(
+        "regmean_plusplus", "arXiv:2508.03121", Kind.informed, base=Base.unused, stats="gram", layerwise=True,
+        elementwise=False, data="inputs",
+    ),
+    _row(
+        "trust_region", "arXiv:2501.15065", Kind.informed, stats="gradient", prepare="methods.trust_region:threshold",
+        prepared="methods.trust_region:prepared", unread=("scale",), data="labelled inputs, head",
+    ),
+    _row(
+        "trust_region_zero_shot", "arXiv:2501.15065", file="trust_region", may_rest=True,
+        prepare="methods.trust_region:threshold_zero_shot", prepared="methods.trust_region:prepared",
+        unread=("scale",),
+    ),
+    _row(
+        "ada_svd", "FusionBench", Kind.informed, stats="inputs", layerwise=True, prepare="methods.ada_svd:routing",
+        prepared="methods.ada_svd:prepared", unread=("scale", "average_rest"), placed=True, elementwise=False,
+        data="inputs",
+    ),
+    _row("cat_merging", "arXiv:2505.06977", placed=True, ordered=True, elementwise=False),
+    _row(
+        "cat_merging_informed", "arXiv:2505.06977", Kind.informed, file="cat_merging", stats="features", ordered=True,
+        elementwise=False, data="inputs",
+    ),
 )  # fmt: skip
 
+_FOLDED: dict[str, Any] = {"ordered": True, "elementwise": False, "n_experts": (2, None)}
 _FOLDS = (
-    _row("opcm", "arXiv:2501.09522", Kind.fold, ordered=True, elementwise=False),
+    _row("opcm", "arXiv:2501.09522", Kind.fold, **_FOLDED),
+    _row("dop", "NeurIPS 2025 (zD5cUX67b9)", Kind.fold, **_FOLDED),
+    _row("continual_average", "arXiv:2203.05482", Kind.fold, "continual", **{**_FOLDED, "base": Base.unused}),
+    _row("continual_task_arithmetic", "arXiv:2212.04089", Kind.fold, "continual", **_FOLDED),
+    _row("continual_ties", "arXiv:2306.01708", Kind.fold, "continual", **_FOLDED),
 )  # fmt: skip
 
 _STRUCTURE = (
     _row("passthrough", "frankenmerging", base=Base.unused, n_experts=(1, 1)),
+    _row(
+        "depth_upscaling", "arXiv:2312.15166", base=Base.unused, n_experts=(0, 1),
+        ranges="methods.depth_upscaling:ranges",
+    ),
+    _row(
+        "model_recombination", "arXiv:2305.10730", base=Base.unused, n_experts=(2, None), random=True, placed=True,
+        prepare="methods.model_recombination:permutations",
+    ),
 )  # fmt: skip
 
-_COMPRESSION: tuple[Row, ...] = ()
+_COMPRESSION = tuple(
+    _row(name, paper, Kind.compression, restore=f"methods.{name}:restore", **facts)
+    for name, paper, facts in (
+        ("emr", "arXiv:2405.17461", {"prepare": "methods.emr:rescalers"}),
+        ("tall_mask", "arXiv:2405.07813", {}),
+        ("tsv_compress", "arXiv:2412.00081", {"elementwise": False, "placed": True}),
+        (
+            "bitdelta",
+            "arXiv:2402.10193",
+            {"elementwise": False, "placed": True, "members": "methods.bitdelta:members", "learns": "scales"},
+        ),
+        ("randes", "arXiv:2505.11204", {"elementwise": False, "placed": True, "random": True}),
+    )
+)
 
 _LEARNT = (
     _row("adamerging", "arXiv:2310.02575", Kind.search, rule="task_arithmetic", loss="entropy", data=_WITH_HEAD),
@@ -94,7 +207,18 @@ FAMILIES: dict[str, tuple[Row, ...]] = {
 
 CATALOGUE: dict[str, Row] = {row.name: row for rows in FAMILIES.values() for row in rows}
 
-_VENEERS: tuple[Veneer, ...] = ()
+
+def _veneer(name: str, paper: str, **facts: Any) -> Veneer:
+    """A veneer and its parameters stand in the file of its name."""
+    return Veneer(name, f"methods.{name}:{name}", f"methods.{name}:{name.capitalize()}Params", paper, **facts)
+
+
+_VENEERS = (
+    _veneer("lines", "arXiv:2410.17146"),
+    _veneer("larv", "arXiv:2602.09413", elementwise=False, aligns=True, prepare="methods.larv:factors"),
+    _veneer("knots", "arXiv:2410.19735", elementwise=False, aligns=True),
+    _veneer("svc", "arXiv:2602.05536", elementwise=False),
+)
 
 VENEERS: dict[str, Veneer] = {veneer.name: veneer for veneer in _VENEERS}
 

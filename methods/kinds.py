@@ -1,4 +1,4 @@
-"""The five kinds of method and what a catalogue row says of one.
+"""The six kinds of method and what a catalogue row says of one.
 
 A kind is a shape of function, so that the engine and the tests never ask for a method's name:
 
@@ -7,6 +7,7 @@ A kind is a shape of function, so that the engine and the tests never ask for a 
     search    f(shape, objective, params, report) -> coefficients     coefficients of another row's rule
     fold      f(base, params, roles) -> Fold                          one expert after the other
     build     f(base, experts, params, roles) -> module               a new module out of modules
+    compression  f(base, experts, params, **extras) -> {part: tensor}, and `restore`, from these parts to one expert
 
 Extras are handed over when the row asks for them: `numbers` (the row has `prepare`), `draw` (`random`),
 `stats` (`stats`), `place` (`placed`).
@@ -38,6 +39,7 @@ class Kind(Enum):
     search = "search"
     fold = "fold"
     build = "build"
+    compression = "compression"
 
 
 class Base(Enum):
@@ -45,6 +47,7 @@ class Base(Enum):
 
     needed = "needed"
     optional = "optional"
+    origin = "origin"  # optional; where there is one, the method works on the task vectors
     unused = "unused"
 
 
@@ -55,6 +58,7 @@ class Place:
     layer: int = 0  # depth: 0 before the first block, 1 to n_layers for the blocks, n_layers + 1 after them
     n_layers: int = 0
     linear: bool = False  # the weight of a linear layer, (out, in)
+    name: str = ""  # its own, to tell which tensors belong to one module
 
 
 @dataclass(frozen=True)
@@ -141,15 +145,18 @@ class Row:
     elementwise: bool = True  # a tensor may be cut into chunks of any size
     placed: bool = False  # is told where the tensor stands
     prepare: str = ""  # "methods.ties:thresholds": (pieces, params) -> numbers, (T, ...)
-    per_tensor: bool = (
-        False  # that pass is over each tensor on its own; otherwise over the model, or as params.scope says
-    )
+    per_tensor: bool = False  # that pass is over each tensor on its own; otherwise the model, or as params.scope says
     prepared: str = ""  # "methods.ties:prepared": params -> names of those that it reads once for the whole model
     unread: tuple[str, ...] = ()  # parameters that the prepare pass does not look at: what it found holds for any
     kept: str = ""  # "methods.ties:magnitudes": pieces -> what that pass is given as `kept` instead of walking anew
-    stats: str = ""  # "fisher" or "gram"
+    stats: str = ""  # "fisher", "gram", "gradient", "inputs" or "features": a name of harness.adapt.STATISTICS
+    layerwise: bool = False  # these are collected behind the layers that are merged already, one block after the other
+    may_rest: bool = False  # may leave a whole tensor at the base, by its own rule
+    ranges: str = ""  # "methods.depth_upscaling:ranges": params -> ranges of its one model's layers that are stacked
     members: str = ""  # "methods.expert:members": (params, names) -> names of the experts that are read
     rule: str = ""  # a search's row whose coefficients it finds
+    learns: str = ""  # a compression's part that `steps` > 0 refine on unlabelled inputs
+    restore: str = ""  # a compression's: (base, parts, expert's index, params, **extras) -> its tensor
     loss: str = ""  # what is minimised on the inputs, by a search or by training what a build left trainable
     data: str = ""  # what must be fed besides weights, for listings
 
@@ -165,7 +172,7 @@ class Row:
         """What a user must bring, in a few words."""
         low, high = self.n_experts
         count = f"{low} experts" if high == low else f"{low}+ experts" if high is None else f"{low} to {high} experts"
-        if low == 0 or self.n_experts == (1, None):
+        if high is None and low < 2:
             count = "experts" if low else ""
         parts = ["base" if self.base is Base.needed else "", count]
         return ", ".join(part for part in [*parts, self.data] if part)

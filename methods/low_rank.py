@@ -113,9 +113,7 @@ def approximate(delta: torch.Tensor, rank: int | None = None, energy: float | No
     squares, vectors = torch.linalg.eigh(gram)  # rising
     squares, vectors = squares.flip(0).clamp_(min=0), vectors.flip(1)
     kept = _kept(squares, rank, energy)
-    projected = torch.cat(
-        [block.double() @ vectors[:, :kept] for block in blocks]
-    )  # columns as long as singular values
+    projected = torch.cat([block.double() @ vectors[:, :kept] for block in blocks])  # columns as long as the values
     root = squares[:kept].pow(0.25)
     safe = root + root.eq(0)  # a column of length zero stays zero
     return _low_rank(projected / safe, root[:, None] * vectors[:, :kept].t(), squares, kept)

@@ -2,6 +2,8 @@
 
 Source: Lakshminarayanan et al. 2017, arXiv:1612.01474 (averaging), here over fine-tuned experts.
 Differs: the modules' outputs are averaged, which for zero-shot classifiers is the mean of the logits.
+Formula: output(x) = 1/T sum_i output_i(x)
+Cost: no time to build, T models in memory, T forward passes for each input
 """
 
 from __future__ import annotations

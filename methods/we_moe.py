@@ -2,6 +2,8 @@
 
 Source: Tang et al. 2024, arXiv:2402.00433, equations 5 to 8 and Algorithm 1.
 Differs: nothing; routing is per example, where FusionBench mixes one set of weights for the whole batch.
+Formula: base + sum_i gate_i(x) delta_i in feed-forward blocks, base + scale * sum_i delta_i elsewhere
+Cost: T + 1 copies of the feed-forward blocks in memory; each training step a forward and backward pass
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from methods.lazy import torch
-from methods.parameters import at_least, finite, positive, tunable
+from methods.parameters import Params, at_least, positive, tunable
 from methods.primitives import add_up, average
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class WeMoeParams:
+class WeMoeParams(Params):
     """Parameters of `we_moe`; also the schema of conf/method/we_moe.yaml."""
 
     scale: float = tunable(0.3, low=0.0, high=1.0)  # of task arithmetic, and what each gate starts from
@@ -28,7 +30,7 @@ class WeMoeParams:
     steps: int = 1000  # updates
 
     def __post_init__(self) -> None:
-        finite("scale", self.scale)
+        super().__post_init__()
         if self.router_layers not in (1, 2):
             raise ValueError(f"router_layers is 1 or 2, got {self.router_layers}")
         positive("lr", self.lr)

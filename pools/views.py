@@ -41,7 +41,8 @@ def restack(
     """Stack ranges of layers of one or several models into models of another depth.
 
     Each slice is `{experts: {name: [first, last], ...}, base: [first, last]}`, ranges half-open, all of one length
-    within a slice. The slices' first experts make the first of the results' experts, and so on; layers may repeat.
+    within a slice; an end that is negative counts from the last layer, a last one of None is all that follow.
+    The slices' first experts make the first of the results' experts, and so on; layers may repeat.
     Tensors before the layers (embeddings) come from the first slice's members, those after them (final norm, head) from
     the last's.
 
@@ -67,10 +68,26 @@ def restack(
     if len(differing) > 1:
         raise CheckpointError(f"the members' layers have different names: {', '.join(differing)}")
     lengths = {key: n_layers for key, (_, n_layers) in found.items()}
-    faults = _faults_of_ranges(base, experts, slices, lengths)
+    slices = [_resolved(piece, base, experts, lengths) for piece in slices]
+    faults = _faults_of_form(base, experts, slices) or _faults_of_ranges(base, experts, slices, lengths)
     if faults:
         raise CheckpointError("\n".join(faults))
     return _restacked(base, experts, slices, differing[0])
+
+
+def _resolved(
+    piece: Mapping[str, Any], base: Tensors | None, experts: Mapping[str, Tensors], lengths: Mapping[int, int]
+) -> dict[str, Any]:
+    """A slice whose ranges count from the first layer."""
+
+    def counted(span: Sequence[int | None], source: Tensors) -> list[int]:
+        n_layers = lengths[id(source)]
+        first, last = span[0] or 0, n_layers if span[1] is None else span[1]
+        return [end + n_layers if end < 0 else end for end in (first, last)]
+
+    own = {name: counted(span, experts[name]) for name, span in piece["experts"].items()}
+    of_base = {"base": counted(piece["base"], base)} if base is not None and "base" in piece else {}
+    return {**piece, "experts": own, **of_base}
 
 
 def _restacked(
@@ -178,7 +195,8 @@ def _faults_of_form(base: Tensors | None, experts: Mapping[str, Tensors], slices
         spans = dict(piece["experts"]) | ({"the base": piece["base"]} if "base" in piece else {})
         bad = [f"{where}: {name} is a range [first, last], got {span!r}" for name, span in spans.items() if _no(span)]
         faults += bad
-        if not bad and len({last - first for first, last in spans.values()}) > 1:
+        whole = not bad and all(last is not None and first >= 0 <= last for first, last in spans.values())
+        if whole and len({last - first for first, last in spans.values()}) > 1:
             told = ", ".join(f"{name} {last - first}" for name, (first, last) in spans.items())
             faults.append(f"{where} takes different numbers of layers: {told}; all of a slice must be of one length")
     if faults:
@@ -198,9 +216,10 @@ def _unknown(piece: Mapping[str, Any]) -> list[str]:
 
 
 def _no(span: Any) -> bool:
-    """Whether something is no pair of whole numbers."""
-    whole = isinstance(span, Sequence) and not isinstance(span, str)
-    return not whole or len(span) != 2 or not all(isinstance(end, int) and not isinstance(end, bool) for end in span)
+    """Whether something is no pair of whole numbers, the second of which may be missing."""
+    whole = isinstance(span, Sequence) and not isinstance(span, str) and len(span) == 2
+    ends = [0 if place and end is None else end for place, end in enumerate(span)] if whole else []
+    return not whole or not all(isinstance(end, int) and not isinstance(end, bool) for end in ends)
 
 
 def _faults_of_ranges(

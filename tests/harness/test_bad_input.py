@@ -128,9 +128,9 @@ def test_a_split_that_a_task_lacks(refused):
     assert "train, validation, test" in said
 
 
-def test_slerp_with_three(refused):
-    assert "slerp merges at most 2 experts, the pool pool has 3; choose with experts=[red,green]" in refused(
-        "method=slerp", opens=False
+def test_nuslerp_with_three(refused):
+    assert "nuslerp merges at most 2 experts, the pool pool has 3; choose with experts=[red,green]" in refused(
+        "method=nuslerp", opens=False
     )
 
 

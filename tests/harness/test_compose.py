@@ -13,6 +13,7 @@ import yaml
 
 from harness.compose import CONF, choices, compose, flat, from_yaml, to_yaml
 from harness.config import FAMILIES, PRECISIONS, ROOT, ConfigError, RunConfig
+from harness.schema import check
 from methods.catalogue import CATALOGUE
 
 POOL = """\
@@ -320,9 +321,9 @@ def test_a_fault_is_named_with_key_value_and_what_to_do(small, override: str, sa
     assert said in faults(small, *choice, override)
 
 
-def test_slerp_refuses_three_experts(small) -> None:
-    assert "slerp merges at most 2 experts, the pool mine has 3; choose with experts=[a,b]" in faults(
-        small, "method=slerp"
+def test_nuslerp_refuses_three_experts(small) -> None:
+    assert "nuslerp merges at most 2 experts, the pool mine has 3; choose with experts=[a,b]" in faults(
+        small, "method=nuslerp"
     )
 
 
@@ -392,3 +393,18 @@ def test_configurations_are_values(small) -> None:
     assert isinstance(config, RunConfig)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.seed = 1
+
+
+def test_a_default_that_does_not_go_with_what_is_given_is_reported() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Pair:
+        low: float = 0.5
+        high: float = 1.0
+
+        def __post_init__(self) -> None:
+            if self.low > self.high:
+                raise ValueError(f"high must be at least low, got {self.high}")
+
+    faults: list[str] = []
+    assert check({"low": 2.0}, Pair, "method", faults) is None
+    assert faults == ["method.high: high must be at least low, got 1.0"]

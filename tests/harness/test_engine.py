@@ -197,7 +197,7 @@ def test_what_is_beyond_the_range_of_the_output_is_named():
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "slerp", "opcm"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_whose_weights_are_not_finite_is_said(method, value, tmp_path):
-    base, experts = models(1)
+    base, experts = models(2)
     experts["ant"]["layers.0.fc1.weight"][3, 2] = value
     members = {name: on_disk(tmp_path / name, state) for name, state in {"base": base, **experts}.items()}
     job = plain(method, members.pop("base"), members)
@@ -206,7 +206,7 @@ def test_whose_weights_are_not_finite_is_said(method, value, tmp_path):
         pytest.raises(MergeError, match=r"layers.0.fc1.weight has NaN or infinite weights in expert ant"),
     ):
         merge_to_directory(job, Layout(job.specs), tmp_path / "out", crew=hands, shard_bytes=10**6)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ant", "base"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ant", "base", "bee"]
 
 
 def test_float8_in_and_out():

@@ -89,7 +89,7 @@ def test_integer_buffers_without_a_base_must_agree() -> None:
 
 def test_a_model_of_buffers_only() -> None:
     base = {"bn.running_mean": torch.zeros(2), "position_ids": torch.arange(3)}
-    experts = {"a": {"bn.running_mean": torch.ones(2), "position_ids": torch.arange(3)}}
+    experts = {name: {"bn.running_mean": torch.ones(2), "position_ids": torch.arange(3)} for name in "ab"}
     for method in ("ties", "dare", "opcm"):
         merged = merge_state_dicts(base, experts, method)
         assert merged["bn.running_mean"].tolist() == [1.0, 1.0]

@@ -49,8 +49,8 @@ def test_zero_experts() -> None:
 
 
 def test_too_many_experts() -> None:
-    with pytest.raises(MergeError, match="slerp merges 1 to 2 experts, got 3: e0, e1, e2"):
-        merge_state_dicts(*models(3), "slerp")
+    with pytest.raises(MergeError, match="nuslerp merges 2 experts, got 3: e0, e1, e2"):
+        merge_state_dicts(*models(3), "nuslerp")
 
 
 def test_a_base_that_is_missing() -> None:
@@ -86,8 +86,8 @@ def test_all_that_does_not_fit_is_listed_at_once() -> None:
 def test_the_number_of_experts_and_the_tensors_are_listed_together() -> None:
     base, experts = models(3)
     del experts["e2"]["fc.bias"]
-    with pytest.raises(MergeError, match=r"(?s)slerp merges 1 to 2.*expert e2 misses fc.bias"):
-        merge_state_dicts(base, experts, "slerp")
+    with pytest.raises(MergeError, match=r"(?s)nuslerp merges 2 experts.*expert e2 misses fc.bias"):
+        merge_state_dicts(base, experts, "nuslerp")
 
 
 def test_many_faults_are_counted() -> None:

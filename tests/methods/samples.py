@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from harness.merge import merge_state_dicts
-from methods.catalogue import CATALOGUE
+from harness.veneers import Worn, veneered
+from methods.catalogue import CATALOGUE, VENEERS
 from methods.kinds import Kind, Row
 
 N_SCALARS = 8
@@ -61,9 +62,11 @@ class Case:
 
     row: Row
     params: dict[str, Any] = field(default_factory=dict)
+    veneers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return "-".join([self.row.name, *(f"{key}={value}" for key, value in self.params.items())])
+        name = "+".join([self.row.name, *self.veneers])
+        return "-".join([name, *(f"{key}={value}" for key, value in self.params.items())])
 
     @property
     def n_experts(self) -> int:
@@ -89,22 +92,77 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"disjoint": "sum"},
         {"disjoint": "max"},
         {"density": 1.0},
-        {"weights": [0.5, 2.0, 1.0], "densities": [0.4, 0.2, 1.0], "scope": "tensor"},
+        {"elect": "count", "rescale": "l1"},
+        {"weights": [0.5, 2.0, 1.0], "densities": [0.4, 0.2, 1.0], "scope": "tensor", "rescale": "l1"},
     ),
     "dare": (
         {"base_rule": "ties"},
         {"base_rule": "ties", "scope": "tensor"},
         {"density": 1.0},
-        {"rescale": False},
+        {"rescale": "none"},
+        {"rescale": "l1", "scope": "tensor"},
         {"weights": [0.5, 2.0, 1.0], "densities": [0.4, 0.9, 1.0]},
     ),
-    "slerp": ({"t": 0.2},),
+    "della": ({"rescale": "l1", "weights": [0.5, 2.0, 1.0], "densities": [0.4, 0.8, 1.0]},),
+    "breadcrumbs": ({"density": 0.97, "gamma": 0.05, "weights": [0.5, 2.0, 1.0]},),
+    "consensus_ta": ({"agree": 3, "selectivities": [0.1, 0.05, 0.1]},),
+    "pcb": ({"scope": "tensor", "weights": [0.5, 2.0, 1.0]},),
+    "cabs": ({"n": 1, "m": 3, "weights": [0.5, 2.0, 1.0]},),
+    "sce": ({"density": 1.0},),
+    "ramplus_tl": ({"scope": "model", "epsilon": 0.05, "alpha": 1.0},),
+    "magnitude_prune": (
+        {"density": 0.2, "rescale": "share", "weights": [0.5, 2.0, 1.0]},
+        {"scope": "tensor", "prune": "major", "rescale": "l1"},
+    ),
+    "nan": ({"scope": "model"},),
+    "metagpt": ({"scope": "tensor"},),
+    "model_stock": ({"filter_wise": True},),
+    "slerp": ({"t": 0.2}, {"weights": [1.0, 2.0, 0.5]}),
+    "nuslerp": ({"along": "last"}, {"along": "first", "weights": [0.4, 0.6]}),
+    "karcher": ({"weights": [1.0, 2.0, 0.5]},),
     "fisher": ({"normalize": False}, {"weights": [1.0, 0.0, 2.0]}),
     "regmean": ({"off_diagonal": 0.0}, {"off_diagonal": 1.0}),
+    "trust_region": ({"scope": "tensor", "density": 0.8},),
+    "trust_region_zero_shot": ({"scope": "tensor"},),
+    "cat_merging": ({"rank": 1, "preserve": 0.0},),
     "opcm": ({"alpha": 0.0}, {"alpha": 0.9}),
+    "dop": ({"mgda": False, "space": "u"}, {"ema": 0.0, "svd_epsilon": 0.5, "space": "v"}),
+    "continual_ties": ({"disjoint": "sum"},),
+    "wudi": ({"matrices": "conv"},),
+    "doge_ta": ({"density": 1.0},),
+    "ace": ({"threshold": 0.0},),
+    "awd": ({"scope": "tensor"},),
+    "iso_c": ({"matrices": "conv"},),
+    "iso_cts": ({"common_space_fraction": 0.0},),
+    "tsv_m": ({"weights": [0.5, 2.0, 1.0], "matrices": "conv"},),
+    "singular_projection": ({"part": "high", "null_space": False, "matrices": "all"},),
 }
-SERVED = [row for row in CATALOGUE.values() if row.kind in (Kind.rule, Kind.informed, Kind.fold)]
-CASES = [Case(row, params) for row in SERVED for params in ({}, *VARIANTS.get(row.name, ()))]
+_TENSORS = (Kind.rule, Kind.informed, Kind.fold)
+SERVED = [row for row in CATALOGUE.values() if row.kind in _TENSORS and not row.ranges]  # names and shapes stay
+FEW = {"steps": 12}  # of what a rule iterates, in the place of hundreds: the contract is the same, the wait is not
+
+
+def _few(row: Row) -> dict[str, Any]:
+    return FEW if any(each.name == "steps" for each in fields(row.load_params())) else {}
+
+
+CASES = [Case(row, {**_few(row), **params}) for row in SERVED for params in ({}, *VARIANTS.get(row.name, ()))]
+
+
+def _dressed(name: str, *around: str, **params: Any) -> Case:
+    """A row with veneers."""
+    worn = [Worn(VENEERS[veneer], VENEERS[veneer].load_params()()) for veneer in around]
+    return Case(veneered(CATALOGUE[name], worn), params, {veneer: {} for veneer in around})
+
+
+CASES += [
+    _dressed("task_arithmetic", "lines"),
+    _dressed("ties", "larv"),
+    _dressed("ties", "knots", scope="tensor"),
+    _dressed("dare", "knots"),
+    _dressed("simple_average", "svc"),
+    _dressed("ties", "lines", "svc", "knots"),
+]
 
 
 def models(
@@ -150,7 +208,35 @@ def _gram(state: State, generator: torch.Generator) -> State:
     return grams
 
 
-STATS = {"fisher": _fisher, "gram": _gram}  # by what a row asks for in `stats`
+def _gradient(state: State, generator: torch.Generator) -> State:
+    """Magnitudes of gradients, with exact zeros; scalars, which move far, matter little to any loss."""
+    found = _fisher(state, generator)
+    return {name: 1e-3 * tensor if tensor.dim() == 0 else tensor for name, tensor in found.items()}
+
+
+def _inputs(state: State, generator: torch.Generator) -> State:
+    """Ten inputs of each linear layer."""
+    return {
+        name: torch.randn((10, tensor.shape[1]), generator=generator)
+        for name, tensor in state.items()
+        if SampleRoles().is_linear(name) and tensor.dim() == 2
+    }
+
+
+def _features(state: State, generator: torch.Generator) -> State:
+    """Gram matrices, and mean squares of what the one scale scales."""
+    found = _gram(state, generator)
+    scale = "embeddings.class_embedding"
+    return found | ({scale: torch.rand(state[scale].shape, generator=generator)} if scale in state else {})
+
+
+STATS = {  # by what a row asks for in `stats`
+    "fisher": _fisher,
+    "gram": _gram,
+    "gradient": _gradient,
+    "inputs": _inputs,
+    "features": _features,
+}
 
 
 def stats_for(row: Row, experts: dict[str, State], seed: int = 0) -> dict[str, State] | None:
@@ -167,7 +253,7 @@ def merge_case(case: Case, base: State | None, experts: dict[str, State], **give
     """Merge as a user would, with synthetic statistics."""
     given.setdefault("stats", stats_for(case.row, experts))
     given.setdefault("roles", SampleRoles())
-    return merge_state_dicts(base, experts, case.row.name, case.params, **given)
+    return merge_state_dicts(base, experts, case.row.name, case.params, veneers=case.veneers, **given)
 
 
 def digests() -> dict[str, str]:

@@ -22,8 +22,9 @@ def fields_of(row: Row) -> tuple[dataclasses.Field, ...]:
 @every_row
 def test_a_name_stands_in_five_places(row: Row) -> None:
     assert CATALOGUE[row.name] is find(row.name) is row
-    assert row.function == f"methods.{row.name}:{row.name}"
-    for path in (f"methods/{row.name}.py", f"conf/method/{row.name}.yaml", f"tests/methods/test_{row.name}.py"):
+    file = row.function.partition(":")[0].removeprefix("methods.")  # its own, or its family's
+    assert row.params.startswith(f"methods.{file}:")
+    for path in (f"methods/{file}.py", f"conf/method/{row.name}.yaml", f"tests/methods/test_{file}.py"):
         assert (ROOT / path).is_file(), path
 
 
@@ -48,7 +49,7 @@ def test_what_is_asked_for_is_accepted(row: Row) -> None:
     if row.kind not in (Kind.rule, Kind.informed):
         return
     parameters = inspect.signature(row.load()).parameters.values()
-    asked = {"numbers": row.prepare, "draw": row.random, "stats": row.stats}
+    asked = {"numbers": row.prepare, "draw": row.random, "stats": row.stats, "place": row.placed}
     keywords = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
     assert keywords == {name for name, wanted in asked.items() if wanted}
 

@@ -179,7 +179,7 @@ def test_a_second_stack_has_to_be_chosen(tmp_path: Path) -> None:
         ([{"experts": {"a": [1, 1]}}], r"the range \[1, 1\] of expert a is empty"),
         ([{"experts": {"a": [2, 1]}}], "is empty"),
         ([{"experts": {"a": [0, 4]}}], r"expert a has 3 layers, the range \[0, 4\] leaves it; .* \[0, 3\] is all"),
-        ([{"experts": {"a": [-1, 2]}}], "leaves it"),
+        ([{"experts": {"a": [-4, 2]}}], "leaves it"),
         ([{"experts": {"a": [0, 2], "b": [0, 3]}}], "different numbers of layers: a 2, b 3"),
         ([{"experts": {"a": [0, 1]}}, {"experts": {"a": [0, 1], "b": [0, 1]}}], "as the others, got 1, 2"),
         ([{"experts": {"a": [0, 1]}, "base": [0, 1]}], "name layers of the base, and the pool has none"),
@@ -211,3 +211,13 @@ def test_what_changes_in_a_configuration() -> None:
     assert layer_config_changes({"text_config": {"n_layer": 2, "k": 1}}, [0]) == {"text_config": {"n_layer": 1, "k": 1}}
     with pytest.raises(CheckpointError, match="no number of layers"):
         layer_config_changes({"vocab_size": 8}, [0])
+
+
+def test_ranges_that_count_from_the_end(members) -> None:
+    stacked = restack(None, members, [{"experts": {"a": [0, -1]}}, {"experts": {"a": [1, None]}}])
+    plain = restack(None, members, [{"experts": {"a": [0, 2]}}, {"experts": {"a": [1, 3]}}])
+    assert stacked.origins == plain.origins == (("a", 0), ("a", 1), ("a", 1), ("a", 2))
+    with pytest.raises(CheckpointError, match="takes different numbers of layers: a 2, b 3"):
+        restack(None, members, [{"experts": {"a": [0, -1], "b": [0, None]}}])
+    with pytest.raises(CheckpointError, match="is a range"):
+        restack(None, members, [{"experts": {"a": [None, 2]}}])
