@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 
 import optuna
 from optuna import Study
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from harness.nested import Child, Children
-from harness.provenance import is_dead
+from harness.provenance import is_dead, process_tags
 from studies.finished import HISTORY, OWNER, RESULT, RUNS, TrialRow, row_of
 
 NUMBER, STATE = "crucible.trial", "crucible.state"  # tags of a child run
@@ -30,7 +32,7 @@ def remaining(study: Study, wanted: int) -> int:
 
 
 def take_up(study: Study, reason: str, *, died: bool, spare: Collection[int] = ()) -> list[int]:
-    """End the running trials whose workers are gone, and queue each once more; returns their numbers.
+    """Queue the running trials whose workers are gone once more, and end them; returns their numbers.
 
     Args:
         study: The study.
@@ -42,24 +44,25 @@ def take_up(study: Study, reason: str, *, died: bool, spare: Collection[int] = (
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         if trial.number in spare:
             continue
+        requeue(study, trial, died=died)  # first: killed in between, we find the trial running and end it later
         end(study, trial, reason)
-        requeue(study, trial, died=died)
         found.append(trial.number)
     return found
 
 
 def end(study: Study, trial: FrozenTrial, reason: str) -> None:
-    """Mark a trial as failed, and say why."""
-    storage = study._storage
-    storage.set_trial_user_attr(trial._trial_id, RESULT, {"reason": reason, "ended": "KILLED"})
-    study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+    """Mark a trial as failed, and say why; one that has ended meanwhile stays as it is."""
+    with suppress(UpdateFinishedTrialError):
+        study._storage.set_trial_user_attr(trial._trial_id, RESULT, {"reason": reason, "ended": "KILLED"})
+        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
 
-def requeue(study: Study, trial: FrozenTrial, *, died: bool) -> bool:
-    """Queue a trial's parameters once more; False where it has had its chances."""
+def requeue(study: Study, trial: FrozenTrial, *, died: bool) -> None:
+    """Queue a trial's parameters once more, unless they are, or it has had its chances."""
     deaths = trial.system_attrs.get(DEATHS, 0) + (1 if died else 0)
-    if died and deaths > RETRIES:
-        return False
+    known = study.get_trials(deepcopy=False)
+    if deaths > RETRIES or any(trial.number in other.system_attrs.get(HISTORY, []) for other in known):
+        return
     attributes = {name: trial.system_attrs[name] for name in _CARRIED if name in trial.system_attrs}
     history = [*trial.system_attrs.get(HISTORY, []), trial.number]
     study.add_trial(
@@ -70,7 +73,6 @@ def requeue(study: Study, trial: FrozenTrial, *, died: bool) -> bool:
             system_attrs={**attributes, HISTORY: history, "failed_trial": history[0], DEATHS: deaths},
         )
     )
-    return True
 
 
 def on_stale(study: Study, trial: FrozenTrial) -> None:
@@ -78,17 +80,22 @@ def on_stale(study: Study, trial: FrozenTrial) -> None:
     requeue(study, trial, died=True)
 
 
-def orphans(study: Study) -> list[dict[str, str]]:
-    """Owners of running trials that are not known to be dead."""
-    owners = [trial.user_attrs.get(OWNER) for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))]
-    return [owner for owner in owners if owner and not is_dead(owner)]
+def worked_on(study: Study) -> set[int]:
+    """Running trials whose owners are other processes, not known to be dead; they may be of other machines."""
+    own = process_tags()
+    owners = {
+        trial.number: trial.user_attrs.get(OWNER)
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    }
+    return {number for number, owner in owners.items() if owner and owner != own and not is_dead(owner)}
 
 
 def agree(study: Study, children: Children, tags: Mapping[str, str]) -> int:
     """Bring the child runs to what Optuna's trials are: each one once, none left running; returns how many differed.
 
-    No trial may be running meanwhile.
+    None of our trials may be running meanwhile.
     """
+    busy = worked_on(study)
     by_number: dict[str, list[Child]] = defaultdict(list)
     for child in children.all():
         if NUMBER in child.tags:
@@ -97,6 +104,8 @@ def agree(study: Study, children: Children, tags: Mapping[str, str]) -> int:
     known = study.user_attrs.get(RUNS, {})
     for trial in study.get_trials(deepcopy=False):
         own = by_number.pop(str(trial.number), [])
+        if trial.number in busy:
+            continue
         if trial.state not in ENDED:
             mended += _drop(children, own)
             continue

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from harness.config import UserError
 from studies.worker import EXHAUSTED, Errand, work
 
 NONE = -1
-HOPELESS = 3  # workers in a row that end without a single trial
+HOPELESS = 3  # workers in a row that end without a single trial, and rounds without one
 POLL_S = 0.3
 PARTS = ("merge", "evaluate", "optuna", "mlflow", "mlflow_beside", "total")  # beside: requests while it worked on
 
@@ -47,18 +49,24 @@ class Alone:
 
 
 class Shared:
-    """Tickets of several processes."""
+    """Tickets of several processes; a killed worker's lock on a file goes with it, a semaphore would stay taken."""
 
-    def __init__(self, n: int, workers: int, until_s: float | None) -> None:
+    def __init__(self, n: int, workers: int, until_s: float | None, place: Path) -> None:
         context = multiprocessing.get_context("spawn")
-        self._left = context.Value("i", n)
-        self._holds = context.Array("i", workers)
-        self._current = context.Array("i", [NONE] * workers)
-        self._until_s = until_s
+        self._left = context.RawValue("i", n)
+        self._holds = context.RawArray("i", workers)
+        self._current = context.RawArray("i", [NONE] * workers)
+        self._until_s, self._lock = until_s, place / "tickets"
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with self._lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
 
     def take(self, worker: int) -> bool:
         """Whether one more trial may begin."""
-        with self._left.get_lock():
+        with self._alone():
             if self._left.value < 1 or _late(self._until_s):
                 return False
             self._left.value -= 1
@@ -71,8 +79,8 @@ class Shared:
 
     def ended(self, worker: int) -> None:
         """The trial has ended."""
-        with self._left.get_lock():
-            self._current[worker], self._holds[worker] = NONE, 0
+        self._holds[worker] = 0
+        self._current[worker] = NONE
 
     def bury(self, worker: int) -> tuple[bool, int]:
         """Whether a dead worker held a ticket, and its trial (or NONE)."""
@@ -82,13 +90,20 @@ class Shared:
 
     def give_back(self) -> None:
         """One more trial may begin."""
-        with self._left.get_lock():
+        with self._alone():
             self._left.value += 1
 
     @property
     def left(self) -> int:
         """Trials that may still begin."""
         return 0 if _late(self._until_s) else self._left.value
+
+
+class _Hand(NamedTuple):
+    """A worker at work."""
+
+    process: Any
+    result: Any  # connection on which it says at its end what its time went into
 
 
 @dataclass
@@ -110,51 +125,51 @@ class Crew:
             UserError: Workers end without doing anything.
         """
         context = multiprocessing.get_context("spawn")
-        results = context.SimpleQueue()
-        alive: dict[int, Any] = {}
+        alive: dict[int, _Hand] = {}
         idle = 0
         try:
             for worker in range(self.errand.processes):
-                alive[worker] = self._started(context, worker, results)
+                alive[worker] = self._started(context, worker)
             while alive:
-                wait([process.sentinel for process in alive.values()], timeout=POLL_S)
+                wait([hand.process.sentinel for hand in alive.values()], timeout=POLL_S)
                 self.after()
-                for worker in [worker for worker, process in alive.items() if not process.is_alive()]:
-                    process = alive.pop(worker)
+                for worker in [worker for worker, hand in alive.items() if not hand.process.is_alive()]:
+                    process, result = alive.pop(worker)
                     process.join()
                     if process.exitcode == 0:
+                        self._add(result.recv())
                         continue
                     held, number = self.tickets.bury(worker)
                     idle = 0 if number != NONE else idle + 1
                     if idle >= HOPELESS:
                         raise UserError(f"workers end before they begin a trial, the last {_ending(process.exitcode)}")
-                    if held and (number == NONE or self.on_death(number, _ending(process.exitcode))):
+                    # Dead while it asked for a trial: whether there is one is seen when all have ended.
+                    if held and number != NONE and self.on_death(number, _ending(process.exitcode)):
                         self.tickets.give_back()
                     if self.tickets.left:
-                        alive[worker] = self._started(context, worker, results)
-            self._collect(results)
+                        alive[worker] = self._started(context, worker)
         finally:
-            for process in alive.values():
-                process.kill()
-            for process in alive.values():
-                process.join()
+            for hand in alive.values():
+                hand.process.kill()
+            for hand in alive.values():
+                hand.process.join()
 
-    def _started(self, context: Any, worker: int, results: Any) -> Any:
+    def _started(self, context: Any, worker: int) -> _Hand:
         device = worker % self.devices if self.devices else None
         errand = replace(self.errand, worker=worker, device=device, done=self.errand.done + int(time.monotonic()))
-        process = context.Process(target=_enter, args=(errand, self.tickets, results), name=f"crucible-{worker}")
+        result, send = context.Pipe(duplex=False)
+        process = context.Process(target=_enter, args=(errand, self.tickets, send), name=f"crucible-{worker}")
         process.start()
-        return process
+        send.close()
+        return _Hand(process, result)
 
-    def _collect(self, results: Any) -> None:
-        while not results.empty():
-            found: Mapping[str, float] = results.get()
-            for part in PARTS:
-                self.totals[part] += found[part]
-            self.exhausted = self.exhausted or bool(found[EXHAUSTED])
+    def _add(self, found: Mapping[str, float]) -> None:
+        for part in PARTS:
+            self.totals[part] += found[part]
+        self.exhausted = self.exhausted or bool(found[EXHAUSTED])
 
 
-def _enter(errand: Errand, tickets: Shared, results: Any) -> None:
+def _enter(errand: Errand, tickets: Shared, result: Any) -> None:
     """A worker process: it ends with its parent, and leaves Ctrl-C to that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -167,7 +182,7 @@ def _enter(errand: Errand, tickets: Shared, results: Any) -> None:
 
     threading.Thread(target=watch, daemon=True, name="crucible-parent").start()
     try:
-        results.put(work(errand, tickets))
+        result.send(work(errand, tickets))
     except UserError as error:
         print(f"crucible: worker {errand.worker}: {error}", file=sys.stderr)
         sys.exit(1)

@@ -37,7 +37,7 @@ class TrialRow:
 
     number: int
     state: str  # of STATES
-    values: tuple[float, ...] | None
+    values: tuple[float, ...] | None  # of a pruned trial over what it has scored
     params: Mapping[str, Any]  # by Optuna's names
     metrics: Mapping[str, float]  # on the search's split
     constraints: Mapping[str, float]  # zero or less is met
@@ -95,10 +95,11 @@ def row_of(trial: FrozenTrial, runs: Mapping[str, str] = {}) -> TrialRow:
     """One trial; `runs` are child runs that were made anew, by number."""
     result = trial.user_attrs.get(RESULT, {})
     history = trial.system_attrs.get(HISTORY) or [None]
+    values = result.get("values", trial.values)
     return TrialRow(
         number=trial.number,
         state=STATES[trial.state],
-        values=tuple(trial.values) if trial.values is not None else None,
+        values=tuple(values) if values is not None else None,
         params=dict(trial.params),
         metrics=result.get("metrics", {}),
         constraints=dict(trial.constraints),

@@ -42,8 +42,25 @@ def is_range(entry: Any) -> bool:
 
 
 def defaults_of(config: RunConfig) -> dict[str, Range]:
-    """Key -> range, of the method's parameters that have one."""
-    found = {f"method.{item.name}": item.metadata.get("range") for item in fields(config.method)}
+    """Key -> range, of the parameters of the method and of the veneers around it that have one and do something."""
+    own = {"method": config.method} | {f"veneer.{name}": vars(config.veneer)[name] for name in config.veneers}
+    return {key: span for key, span in _ranges(own).items() if _does_something(own[key.rpartition(".")[0]], span)}
+
+
+def _does_something(params: Any, span: Range) -> bool:
+    return span.when is None or getattr(params, span.when[0]) == span.when[1]
+
+
+def _every(config: RunConfig) -> dict[str, Range]:
+    """The same with all veneers there are: one may be put around the method by the search."""
+    veneers = vars(config.veneer) if config.veneer is not None else {}
+    return _ranges({"method": config.method} | {f"veneer.{name}": own for name, own in veneers.items()})
+
+
+def _ranges(sections: Mapping[str, Any]) -> dict[str, Range]:
+    found = {
+        f"{where}.{item.name}": item.metadata.get("range") for where, own in sections.items() for item in fields(own)
+    }
     return {key: span for key, span in found.items() if span is not None}
 
 
@@ -60,7 +77,7 @@ def axis_of(
     except KeyError as error:
         faults.append(f"study.space.{error.args[0]}")
         return None
-    span = defaults_of(config).get(key, Range())
+    span = _every(config).get(key, Range())
     choices = entry.get("choices", span.choices if not {"low", "high"} & set(entry) else ())
     if isinstance(current, bool) and not choices:
         choices = (False, True)
@@ -131,6 +148,14 @@ def closed(key: str, faults: list[str]) -> None:
     if key in CLOSED or key.partition(".")[0] in CLOSED[:-1]:
         hint = "; several methods are searched by study.methods=[...]" if key == "method" else ""
         faults.append(f"study.space.{key}: a study cannot search this{hint}")
+
+
+def unworn(key: str, config: RunConfig, faults: list[str]) -> None:
+    """Note a parameter of a veneer that is not around the method, where it would change nothing."""
+    head, _, rest = key.partition(".")
+    name = rest.partition(".")[0]
+    if head == "veneer" and name not in config.veneers and hasattr(config.veneer, name):
+        faults.append(f"study.space.{key}: {name} is not around the method; add it with veneers=[{name}]")
 
 
 def unknown(key: str, configs: Mapping[str, RunConfig]) -> str:

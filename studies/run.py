@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import DuplicatedStudyError, ExperimentalWarning
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 
@@ -26,12 +25,13 @@ from harness.track import open_run
 from studies.agree import on_stale
 from studies.finished import Finished, rows
 from studies.plan import Plan, plan, warn
+from studies.report import report
 from studies.search import recover, search, shares
 from studies.settings import Composed
-from studies.signature import differences, signature
-from studies.starts import enqueue
+from studies.signature import Signature, differences, signature
+from studies.starts import starts_of
 from studies.storage import open_storage
-from studies.winners import crown
+from studies.winners import crown, why_none
 
 PARENT, RUNNING, SIGNATURE = "crucible.parent", "crucible.running", "crucible.signature"  # attributes of a study
 
@@ -70,8 +70,9 @@ def run_study(composed: Composed) -> Finished:
             settings.workers,
             totals,
         )
-        if importlib.util.find_spec("studies.report") is not None:
-            importlib.import_module("studies.report").report(finished)
+        report(finished)
+        if not winners:
+            raise UserError(why_none(finished.rows))
     return finished
 
 
@@ -84,12 +85,15 @@ def _opened(planned: Plan, storage: BaseStorage) -> optuna.Study:
     settings = planned.settings
     taken = optuna.get_all_study_names(storage)
     own = signature(planned.space, planned.objectives, planned.bounds, planned.config)
+    starts = starts_of(planned.space, settings, storage)
     if settings.resume:
         if settings.name not in taken:
             hint = closest(str(settings.name), taken)
             raise UserError(f"study.name={settings.name}: {planned.storage_url} has no such study; {hint}")
         study = optuna.load_study(study_name=settings.name, storage=storage)
-        changed = differences(study.user_attrs.get(SIGNATURE, {}), own)
+        if SIGNATURE not in study.user_attrs:  # killed while it was being made
+            return _furnished(study, planned, own, starts)
+        changed = differences(study.user_attrs[SIGNATURE], own)
         if changed:
             told = "\n".join(f"  - {line}" for line in changed)
             raise UserError(
@@ -103,16 +107,22 @@ def _opened(planned: Plan, storage: BaseStorage) -> optuna.Study:
             "with it, another study.name begins a new one"
         )
     name = settings.name or _free(f"{' or '.join(planned.space.methods)} on {planned.config.pool_name}", taken)
-    study = optuna.create_study(
-        study_name=name,
-        storage=storage,
-        directions=[StudyDirection[objective.direction.upper()] for objective in planned.objectives],
-    )
+    directions = [StudyDirection[objective.direction.upper()] for objective in planned.objectives]
+    try:
+        study = optuna.create_study(study_name=name, storage=storage, directions=directions)
+    except DuplicatedStudyError:  # another command took the name in this moment
+        return _opened(planned, storage)
+    return _furnished(study, planned, own, starts)
+
+
+def _furnished(study: optuna.Study, planned: Plan, own: Signature, starts: Sequence[Mapping[str, Any]]) -> optuna.Study:
+    """A study with what it is told at its beginning; the signature comes last and says that all of it is there."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         study.set_metric_names([objective.metric for objective in planned.objectives])
+    for start in starts:
+        study.enqueue_trial(dict(start), skip_if_exists=True)
     study.set_user_attr(SIGNATURE, own)
-    enqueue(study, planned.space, settings, storage)
     return study
 
 

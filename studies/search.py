@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import optuna
 from optuna.exceptions import ExperimentalWarning
-from optuna.trial import TrialState
 
 from harness.nested import Children, experiment_of
 from harness.record import Run
 from harness.trials import devices_of
-from studies.agree import agree, orphans, remaining, take_up
-from studies.crew import PARTS, Alone, Crew, Shared
-from studies.finished import OWNER, rows
+from studies.agree import agree, remaining, take_up, worked_on
+from studies.crew import HOPELESS, PARTS, Alone, Crew, Shared
+from studies.finished import rows
 from studies.objectives import Objective
 from studies.plan import Plan
 from studies.progress import Progress, best
@@ -29,23 +30,16 @@ ORPHANS_S = 10  # how long workers of a parent that was killed are given to noti
 def recover(study: optuna.Study, children: Children, tags: Mapping[str, str]) -> None:
     """Take up what the dead have left."""
     deadline = time.monotonic() + ORPHANS_S
-    while (alive := orphans(study)) and time.monotonic() < deadline:
+    while worked_on(study) and time.monotonic() < deadline:
         time.sleep(0.2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         optuna.storages.fail_stale_trials(study)
-    spare = _numbers_of(study, alive)
-    taken = take_up(study, "its worker was gone when the study was resumed", died=True, spare=spare)
+    taken = take_up(study, "its worker was gone when the study was resumed", died=True, spare=worked_on(study))
     mended = agree(study, children, tags)
     if taken or mended:
         told = ", ".join(map(str, taken)) or "none"
         print(f"crucible: resumed; trials taken up: {told}; {mended} child runs brought up to date", file=sys.stderr)
-
-
-def _numbers_of(study: optuna.Study, owners: list[dict[str, str]]) -> set[int]:
-    """Trials of owners that live, on other machines."""
-    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    return {trial.number for trial in running if trial.user_attrs.get(OWNER) in owners}
 
 
 @dataclass
@@ -84,15 +78,17 @@ def search(
     )
     curve = _Curve(tracked, planned.objectives, progress, study)
     totals: dict[str, float] = {}
+    idle = 0
     try:
         while (left := remaining(study, planned.trials)) and (until is None or time.time() < until):
             found = _round(planned, study, str(tracked.id), tags, left, until, curve)
             totals = {part: totals.get(part, 0.0) + found[part] for part in PARTS}
-            take_up(study, "its worker died", died=True)
-            if found[EXHAUSTED] or remaining(study, planned.trials) == left:
+            take_up(study, "its worker died", died=True, spare=worked_on(study))
+            idle = idle + 1 if remaining(study, planned.trials) == left else 0
+            if found[EXHAUSTED] or idle == HOPELESS:
                 break
     except KeyboardInterrupt:
-        take_up(study, "stopped by the user", died=False)
+        take_up(study, "stopped by the user", died=False, spare=worked_on(study))
         agree(study, children, tags)
         print(
             f"crucible: study {study.study_name} goes on with study.resume=true study.name='{study.study_name}'",
@@ -143,8 +139,10 @@ def _round(
             row.state == "WAITING" and row.retry_of == number for row in rows(study)
         )
 
-    crew = Crew(errand, Shared(left, processes, until), devices_of(planned.config), died, curve.update)
-    crew.run()
+    with tempfile.TemporaryDirectory(prefix="crucible-") as place:
+        tickets = Shared(left, processes, until, Path(place))
+        crew = Crew(errand, tickets, devices_of(planned.config), died, curve.update)
+        crew.run()
     return crew.totals | {EXHAUSTED: float(crew.exhausted)}
 
 

@@ -10,7 +10,9 @@ from studies.objectives import Bound, Objective
 from studies.space import Space
 
 Signature = dict[str, str]
-_SCORED = ("pool", "tasks", "pool.", "tasks.", "evaluation.split", "evaluation.limit", "adaptation.", "experts", "seed")
+_SCORED = (
+    "pool", "tasks", "evaluation.split", "evaluation.limit", "adaptation.", "experts", "seed", "veneer",
+)  # fmt: skip
 
 
 def signature(space: Space, objectives: Sequence[Objective], bounds: Sequence[Bound], config: RunConfig) -> Signature:

@@ -17,7 +17,7 @@ from harness.config import ConfigError, RunConfig
 from harness.vary import vary
 from studies.axis import Axis, in_words, suggest
 from studies.coefficients import Coefficients, Depth, coefficients_of
-from studies.ranges import axis_of, closed, defaults_of, flattened, is_range, unknown
+from studies.ranges import axis_of, closed, defaults_of, flattened, is_range, unknown, unworn
 from studies.settings import StudySettings
 
 METHOD = "method"  # name of the category
@@ -126,6 +126,8 @@ def space_of(settings: StudySettings, configs: Mapping[str, RunConfig], depth: D
         wanted: dict[str, Any] = {key: {} for key in ranges if key not in covered} | own
         fixed[method] = {}
         for key, entry in wanted.items():
+            if "veneers" not in wanted:
+                unworn(key, config, faults)
             if not is_range(entry):
                 fixed[method][key] = entry
                 closed(key, faults)

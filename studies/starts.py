@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage
 
 from harness.config import ConfigError, UserError, closest
+from studies.ranges import defaults_of
 from studies.settings import StudySettings
 from studies.space import METHOD, Space
 
 BEST = 5  # of a front, that another study passes on at most
 
 
-def enqueue(study: optuna.Study, space: Space, settings: StudySettings, storage: BaseStorage) -> None:
-    """Queue what is tried first, each once.
+def starts_of(space: Space, settings: StudySettings, storage: BaseStorage) -> list[dict[str, Any]]:
+    """What is tried first, by Optuna's names.
 
     Raises:
         UserError: A start names what is not searched, or there is no study to take from.
@@ -28,10 +28,8 @@ def enqueue(study: optuna.Study, space: Space, settings: StudySettings, storage:
     if settings.warm_start:
         starts += [*space.defaults(), *_published(space)]
     if settings.sampler in ("grid", "bruteforce"):  # they walk through all points themselves
-        return
-    for start in starts:
-        if start:
-            study.enqueue_trial(start, skip_if_exists=True)
+        return []
+    return [start for start in starts if start]
 
 
 def _own(start: dict[str, Any], space: Space) -> dict[str, Any]:
@@ -69,9 +67,9 @@ def _best_of(name: str, space: Space, storage: BaseStorage) -> list[dict[str, An
 def _published(space: Space) -> Iterator[dict[str, Any]]:
     """The defaults with one parameter as a paper reports it."""
     for method, start in zip(space.methods, space.defaults(), strict=True):
-        spans = {item.name: item.metadata.get("range") for item in fields(space.configs[method].method)}
+        spans = defaults_of(space.configs[method])
         for axis in space.of(method):
-            span = spans.get(axis.key.removeprefix("method.")) if "/" not in axis.name else None
+            span = spans.get(axis.key) if "/" not in axis.name else None
             for value in span.published if span is not None else ():
                 label = axis.label(value)
                 if label is not None:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import optuna
-from optuna.exceptions import ExperimentalWarning
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages._rdb.models import TrialIntermediateValueModel as Stepped
+from optuna.storages._rdb.models import TrialModel
+from optuna.trial import TrialState
+from sqlalchemy import insert, update
 from sqlalchemy.exc import SQLAlchemyError
 
 from harness.config import UserError
 
 WAIT_S = 10  # for a server to answer, or another process to let go of a file
 STALE = 4  # heartbeats that may be missed
+MEANWHILE = ("already exists", "unique constraint", "is locked", "locking protocol")  # another process was quicker
 KINDS = "sqlite:///FILE, postgresql://USER@HOST/NAME, journal:FILE, grpc://HOST:PORT"
 
 
@@ -52,6 +60,22 @@ def open_storage(url: str, heartbeat_s: int, on_stale: Callable[[Any, Any], None
     raise UserError(f"study.storage={_safe(url)}: it is one of {KINDS}")
 
 
+def write_steps(storage: BaseStorage, trial_id: int, values: Mapping[int, float]) -> None:
+    """Write a running trial's values by step: in one transaction, where the storage has such."""
+    if not isinstance(storage, RDBStorage):
+        for step, value in values.items():
+            storage.set_trial_intermediate_value(trial_id, step, value)
+        return
+    spelled = {step: Stepped.intermediate_value_to_stored_repr(value) for step, value in values.items()}
+    rows = [
+        {"trial_id": trial_id, "step": step, "intermediate_value": value, "intermediate_value_type": kind}
+        for step, (value, kind) in spelled.items()
+    ]
+    if rows:
+        with storage.engine.begin() as connection:
+            connection.execute(insert(Stepped), rows)
+
+
 def default_url(tracking_uri: str) -> str:
     """A SQLite file beside the tracking store; in the working directory where that is elsewhere."""
     head, _, rest = tracking_uri.partition("://")
@@ -69,8 +93,9 @@ def _made(make: Callable[[], RDBStorage], tries: int = 10) -> RDBStorage:
     for _ in range(tries - 1):
         try:
             return make()
-        except SQLAlchemyError as error:
-            if "already exists" not in str(error):
+        except (SQLAlchemyError, StorageInternalError) as error:
+            said = f"{error} {error.__cause__}".lower()
+            if not any(word in said for word in MEANWHILE):
                 raise
             time.sleep(0.2)
     return make()
@@ -82,8 +107,10 @@ def _database(url: str, kind: str, heartbeat_s: int, on_stale: Callable[[Any, An
         place = Path(url.partition(":///")[2])
         if not place.parent.is_dir():
             raise UserError(f"study.storage={url}: there is no directory {place.parent}")
+        _write_ahead(place)
+    made = _File if kind == "sqlite" else RDBStorage
     patience = {"timeout": 6 * WAIT_S} if kind == "sqlite" else {"connect_timeout": WAIT_S}
-    storage = RDBStorage(
+    storage = made(
         url,
         engine_kwargs={"connect_args": patience},
         heartbeat_interval=heartbeat_s,
@@ -95,11 +122,38 @@ def _database(url: str, kind: str, heartbeat_s: int, on_stale: Callable[[Any, An
 
         @event.listens_for(storage.engine, "connect")
         def settle(connection: Any, record: Any) -> None:
-            connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA synchronous=NORMAL")
 
         storage.engine.dispose()  # connections from here on are settled
     return storage
+
+
+class _File(RDBStorage):
+    """A SQLite file, which knows no SELECT FOR UPDATE: a queued trial is taken by one statement, so by one worker."""
+
+    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
+        """As Optuna's, which reads before it writes: two workers that read at once would both begin the trial."""
+        if state != TrialState.RUNNING or values is not None:
+            return super().set_trial_state_values(trial_id, state, values)
+        queued = update(TrialModel).where(TrialModel.trial_id == trial_id, TrialModel.state == TrialState.WAITING)
+        now = datetime.now(UTC).replace(tzinfo=None)  # as Optuna keeps it
+        with self.engine.begin() as connection:
+            result = connection.execute(queued.values(state=TrialState.RUNNING, _datetime_start_utc=now))
+        return result.rowcount == 1
+
+
+def _write_ahead(place: Path) -> None:
+    """Have the file written ahead, which it stays; the switch does not wait for other processes, so it is repeated."""
+    deadline = time.monotonic() + WAIT_S
+    while True:
+        with closing(sqlite3.connect(place, timeout=WAIT_S)) as connection:
+            try:
+                connection.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+        time.sleep(0.05)
 
 
 def _with_driver(url: str) -> str:

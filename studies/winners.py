@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,17 +29,11 @@ if TYPE_CHECKING:
 def crown(
     planned: Plan, study: optuna.Study, tracked: Run, children: Children, tags: Mapping[str, str]
 ) -> list[Winner]:
-    """Score the best trials on test and record them.
-
-    Raises:
-        UserError: No trial came to an end, or none keeps to the constraints.
-    """
+    """Score the best trials on test and record them; none where no trial came to an end or keeps to the constraints."""
     found = [row_of(trial) for trial in study.best_trials]
     if len(planned.objectives) == 1:
         found = found[:1]
-    if not found:
-        raise UserError(_why_none(rows(study)))
-    winners = []
+    winners: list[Winner] = []
     for row in found:
         config = _final(planned, row, study.study_name)
         outcome = run(config, parent=str(tracked.id))
@@ -53,7 +47,8 @@ def crown(
             model_uri=outcome.model_uri,
         )
         winners.append(_further(planned, winner, children, tags))
-    _record(planned, study, tracked, winners)
+    if winners:
+        _record(planned, study, tracked, winners)
     return winners
 
 
@@ -162,7 +157,7 @@ def _record(planned: Plan, study: optuna.Study, tracked: Run, winners: list[Winn
         tracked.tag("registered", place)
 
 
-def _why_none(found: list[TrialRow]) -> str:
+def why_none(found: Sequence[TrialRow]) -> str:
     """Why there is no winner."""
     if any(row.state == "COMPLETE" for row in found):
         return "study: no trial keeps to study.constraints; loosen them, or search longer with study.resume=true"

@@ -25,6 +25,7 @@ from methods.catalogue import find
 from studies.agree import on_stale
 from studies.finished import OWNER, RESULT, row_of, title
 from studies.objectives import Bound, Objective
+from studies.pruning import Onlooker, Pruned
 from studies.recorder import Recorder
 from studies.samplers import pruner_of, sampler_of
 from studies.settings import StudySettings
@@ -69,10 +70,6 @@ class Tickets(Protocol):
     def ended(self, worker: int) -> None:
         """The trial has ended, in whatever state."""
         ...
-
-
-class Pruned(Exception):  # noqa: N818
-    """The pruner has seen enough."""
 
 
 @dataclass
@@ -168,14 +165,19 @@ class _Worker:
         result: dict[str, Any] = {"metrics": {}, "seconds": {}, "steps": 0}
         finals: list[Mapping[str, float]] = []
         last: Step | None = None
+        onlooker: Onlooker | None = None
         try:
             config = self._errand.space.config(params)
-            for repeat, seed in enumerate(self._seeds(config)):
+            seeds = self._seeds(config)
+            with clock.running("optuna"):
+                onlooker = self._onlooker(trial, len(seeds))
+            for repeat, seed in enumerate(seeds):
                 for step in self._resident.score(config, seed):
                     last = step
                     result["steps"] += 1
-                    with clock.running("optuna"):
-                        self._report(trial, repeat, step, finals)
+                    if onlooker is not None:
+                        with clock.running("optuna"):
+                            onlooker.see(repeat, step, finals)
                 assert last is not None
                 finals.append(last.metrics)
             result |= self._summed(finals)
@@ -192,46 +194,32 @@ class _Worker:
                     trial.set_constraint(bound.name, bound.excess(result["metrics"]))
         except Pruned:
             assert last is not None
-            return TrialState.PRUNED, result | self._summed([*finals, last.metrics]), None
+            result |= self._summed([*finals, last.metrics])
+            # Optuna gives a pruned trial the value that it saw last, which may be that of one piece.
+            so_far = {"values": [result["metrics"][self._errand.objectives[0].metric]]}
+            return TrialState.PRUNED, result | so_far, None
         except ConfigError as error:
             return TrialState.FAIL, result | {"reason": _short("; ".join(error.faults))}, None
         except Exception as error:
             return TrialState.FAIL, result | {"reason": _short(f"{type(error).__name__}: {error}")}, None
+        finally:
+            if onlooker is not None:
+                with clock.running("optuna"):
+                    onlooker.keep(self._storage)
         return TrialState.COMPLETE, result, values
+
+    def _onlooker(self, trial: Trial, repeats: int) -> Onlooker | None:
+        """The pruner at a trial; None where there is none."""
+        pruner = self._errand.settings.pruner
+        if pruner == "none":
+            return None
+        objective = self._errand.objectives[0]
+        return Onlooker(self._study, trial, objective, pieces=pruner == "wilcoxon", repeats=repeats)
 
     def _seeds(self, config: RunConfig) -> range:
         """Seeds of a trial: one where nothing depends on them."""
         row = find(config.method_name)
         return range(config.seed, config.seed + (self._errand.settings.repeats if row.random or row.loss else 1))
-
-    def _report(self, trial: Trial, repeat: int, step: Step, finals: list[Mapping[str, float]]) -> None:
-        """Let the pruner look on.
-
-        Raises:
-            Pruned: It has seen enough.
-        """
-        settings = self._errand.settings
-        if settings.pruner == "none":
-            return
-        objective = self._errand.objectives[0]
-        if settings.pruner == "wilcoxon":
-            value = _of_piece(objective, step)
-            index = repeat * step.total + step.index
-        else:
-            known = [metrics[objective.metric] for metrics in finals]
-            own = step.metrics.get(objective.metric)
-            value = statistics.fmean([*known, own]) if own is not None else None
-            index = repeat * step.total + step.done
-        if value is None:
-            return
-        trial.report(value, index)
-        last = step.done == step.total and repeat + 1 == len(self._seeds_of(trial))
-        if not last and trial.should_prune():
-            raise Pruned
-
-    def _seeds_of(self, trial: Trial) -> range:
-        method = str(trial.params.get("method", self._errand.space.methods[0]))
-        return self._seeds(self._errand.space.configs[method])
 
     def _summed(self, finals: list[Mapping[str, float]]) -> dict[str, Any]:
         """Means over seeds, and the objectives' spread where there are several."""
@@ -250,16 +238,6 @@ class _Worker:
 
 def _all(finals: list[Mapping[str, float]], name: str) -> bool:
     return all(name in each for each in finals)
-
-
-def _of_piece(objective: Objective, step: Step) -> float | None:
-    """What a piece alone says of an objective; None where it says nothing."""
-    head, _, what = objective.metric.partition("/")
-    if head not in ("average", step.piece.task):
-        return None
-    if what == "loss":
-        return step.piece.loss
-    return step.piece.value if what == step.piece.metric else None
 
 
 def _short(text: str) -> str:

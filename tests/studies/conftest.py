@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -66,10 +67,14 @@ class StudyPlace:
         return [sys.executable, "-m", "harness", "study", *self.choices, *overrides]
 
     def start(self, *overrides: str) -> subprocess.Popen[str]:
-        """A study in a process of its own, in a session of its own."""
+        """A study in a process of its own, in a session of its own; Ctrl-C reaches it wherever the tests run.
+
+        A shell has what it starts in the background ignore Ctrl-C, and all that this starts.
+        """
         return subprocess.Popen(
             self.command(*overrides), cwd=self.directory, env=self.environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
     def trial_runs(self, study: str) -> list[Any]:

@@ -8,12 +8,15 @@ import random
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -26,9 +29,7 @@ from studies.finished import rows
 from studies.run import plan
 from studies.storage import open_storage
 
-# Minutes each; two failed on a machine under load for a reason not found yet: run by hand until that is known.
-by_hand = pytest.mark.skipif("CRUCIBLE_BY_HAND" not in os.environ, reason="set CRUCIBLE_BY_HAND=1 to run it")
-
+PATIENCE_S = 600  # for what is over in seconds where nothing else runs
 COUNTED = ("COMPLETE", "PRUNED", "FAIL")
 
 
@@ -69,7 +70,7 @@ def test_the_winner_is_repeated_and_registered(place) -> None:
 
     finished = place.study(
         "study.methods=[ties,dare]", "study.coefficients=expert_layer", "trials=3", "study.name=s",
-        "tracking.log_model=true", "study.register=red-green", "study.space.dare.rescale.choices=[true,false]",
+        "tracking.log_model=true", "study.register=red-green", "study.space.dare.rescale.choices=[share,none]",
     )  # fmt: skip
     (winner,) = finished.winners
     config = from_yaml(winner.yaml)
@@ -117,6 +118,20 @@ def test_what_is_kept_between_trials_changes_no_bit(place, method: str) -> None:
         assert [kept.metrics[name] for name in names] == [new.metrics[name] for name in names]
         metrics.append(new.metrics["average/loss"])
     assert metrics[0] == metrics[2]
+
+
+@pytest.mark.slow
+def test_what_a_veneer_changes_is_not_taken_from_before(place) -> None:
+    from harness.trials import Resident
+    from harness.vary import vary
+
+    first = place.composed("method=ties", "veneers=[larv]", "evaluation.split=validation").configs["ties"]
+    second = vary(first, {"veneer.larv.low": 0.0})
+    resident = Resident(first)
+    kept = [list(resident.score(config, 0))[-1].metrics["average/loss"] for config in (first, second)]
+    new = [list(Resident(config).score(config, 0))[-1].metrics["average/loss"] for config in (first, second)]
+    assert kept == new
+    assert kept[0] != kept[1]
 
 
 def test_pieces_come_to_what_the_whole_comes_to(place) -> None:
@@ -177,8 +192,10 @@ def test_wilcoxon_stops_what_is_worse(place) -> None:
     )  # fmt: skip
     pruned = [row for row in finished.rows if row.state == "PRUNED"]
     assert pruned
+    assert [len(trial.intermediate_values) for trial in finished.study.trials] == [row.steps for row in finished.rows]
     assert all(row.steps < 18 for row in pruned)
-    assert all(row.metrics["average/loss"] > finished.winners[0].trial.values[0] for row in pruned)
+    assert all(row.values == (row.metrics["average/loss"],) for row in pruned)
+    assert all(row.values > finished.winners[0].trial.values for row in pruned)
 
 
 def test_seeds_are_averaged_and_their_spread_told(place) -> None:
@@ -205,6 +222,9 @@ def test_constraints_decide_who_may_win(place) -> None:
     assert all(row.feasible for row in finished.rows)
     with pytest.raises(UserError, match=r"no trial keeps to study\.constraints"):
         place.study("trials=2", "study.name=t", "study.constraints={average/loss: {at_most: 0.001}}")
+    (parent,) = mlflow.search_runs(filter_string="tags.study = 't' and tags.kind = 'study'", output_format="list",
+                                   search_all_experiments=True)  # fmt: skip
+    assert "none that can win" in parent.data.tags["mlflow.note.content"]
 
 
 def test_another_studys_best_is_tried_first(place) -> None:
@@ -282,12 +302,10 @@ def test_a_killed_study_loses_nothing(place) -> None:
     killed_at_random_moments(place, 2, [], 8, seed=1)
 
 
-@by_hand
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("workers", "seed"), [(1, 0), (2, 1), (2, 2)])
 def test_killing_at_random_moments_again_and_again_loses_nothing(place, workers: int, seed: int) -> None:
-    killed_at_random_moments(place, 5, [f"workers={workers}"], 30, seed)
+    killed_at_random_moments(place, 3, [f"workers={workers}"], 60, seed)
 
 
 def killed_at_random_moments(place, kills: int, more: list[str], trials: int, seed: int) -> None:
@@ -314,24 +332,22 @@ def killed_at_random_moments(place, kills: int, more: list[str], trials: int, se
 
 
 def ended(place) -> int:
-    """Trials that have ended, as another process sees them."""
-    if not (place.directory / "studies.db").exists():
-        return 0
+    """Trials that have ended, as a reader of the file sees them, who leaves nothing in it."""
+    query = "SELECT COUNT(*) FROM trials WHERE state IN ('COMPLETE', 'PRUNED', 'FAIL')"
     try:
-        study = optuna.load_study(study_name="s", storage=open_storage(place.storage, 15))
-    except KeyError:
+        with closing(sqlite3.connect(f"file:{place.directory / 'studies.db'}?mode=ro", uri=True)) as reader:
+            return int(reader.execute(query).fetchone()[0])
+    except sqlite3.OperationalError:  # there is no file, no table, or somebody is making it
         return 0
-    return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
 
 
-def wait_for(true, timeout: float = 100) -> None:
-    deadline = time.monotonic() + timeout
+def wait_for(true) -> None:
+    deadline = time.monotonic() + PATIENCE_S
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 
 
-@by_hand
 @pytest.mark.slow
 @pytest.mark.parametrize("storage", ["journal", "postgresql", "grpc"])
 def test_other_storages_serve_two_workers(place, storage: str, request: pytest.FixtureRequest) -> None:
@@ -342,6 +358,34 @@ def test_other_storages_serve_two_workers(place, storage: str, request: pytest.F
     again = place.study("trials=7", "study.name=s", f"study.storage={url}", "study.resume=true")
     assert len(again.rows) == 7
     agreed(place, again.study)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage")
+def test_a_queued_trial_is_begun_by_one_worker(tmp_path) -> None:
+    """Optuna's own storage reads the state before it writes it; of forty trials its workers began most twice."""
+    storage = open_storage(f"sqlite:///{tmp_path}/studies.db", 15)
+    study = optuna.create_study(storage=storage)
+    for index in range(20):
+        study.enqueue_trial({"x": index})
+    begun: list[int] = []
+
+    def work() -> None:
+        own = optuna.load_study(study_name=study.study_name, storage=storage)
+        begun.extend(own.ask().number for _ in range(5))
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(begun) == list(range(20))
+
+
+def test_a_study_that_was_killed_while_it_was_made_is_made_anew(place) -> None:
+    optuna.create_study(study_name="s", storage=open_storage(place.storage, 15), direction="maximize")
+    finished = place.study("trials=1", "study.name=s", "study.resume=true", "study.bootstrap=0")
+    assert finished.rows[0].params == {"method.scale": 0.3}
 
 
 @pytest.fixture
@@ -390,7 +434,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@by_hand
 @pytest.mark.slow
 def test_a_worker_that_dies_costs_its_trial_only(place) -> None:
     import psutil
@@ -400,7 +443,7 @@ def test_a_worker_that_dies_costs_its_trial_only(place) -> None:
     workers = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
     assert len(workers) == 2
     workers[0].kill()
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, output
     study = optuna.load_study(study_name="s", storage=place.storage)
     found = rows(study)
@@ -412,13 +455,12 @@ def test_a_worker_that_dies_costs_its_trial_only(place) -> None:
     agreed(place, study)
 
 
-@by_hand
 @pytest.mark.slow
 def test_ctrl_c_ends_a_study_that_goes_on(place) -> None:
     process = place.start("study.name=s", "trials=100", "workers=2")
     wait_for(lambda: ended(place) > 1 or process.poll() is not None)
     os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130, output
     assert "study.resume=true" in output
     finished = place.study("study.name=s", f"trials={ended(place) + 2}", "study.resume=true")

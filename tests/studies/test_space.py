@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import optuna
 import pytest
 
@@ -33,6 +35,11 @@ def test_the_ranges_beside_the_parameters_are_searched_by_default() -> None:
     }  # fmt: skip
 
 
+def test_a_parameter_that_does_nothing_is_not_searched() -> None:
+    assert "method.trim" not in made("method=dare").told()
+    assert "method.trim" in made("method=dare", "method.base_rule=ties").told()
+
+
 def test_a_study_narrows_fixes_and_adds() -> None:
     space = made(
         "method=ties",
@@ -52,6 +59,20 @@ def test_a_study_narrows_fixes_and_adds() -> None:
     assert (config.method.density, config.method.disjoint, config.method.scale, config.seed) == (0.25, "sum", 1.5, 4)
 
 
+def test_a_veneer_around_the_method_is_searched_with_it() -> None:
+    space = made("method=ties", "veneers=[lines]", "study.space.veneer.lines.beta.high=1.0")
+    assert space.told()["veneer.lines.alpha"] == "[0.0, 1.0]"
+    assert space.told()["veneer.lines.beta"] == "[0.0, 1.0]"
+    config = space.config({"veneer.lines.alpha": 0.25, "method.density": 0.4})
+    assert (config.veneer.lines.alpha, config.veneers, config.method.density) == (0.25, ["lines"], 0.4)
+    assert pickle.loads(pickle.dumps(config)) == config  # as it goes to a worker
+    assert space.defaults()[0]["veneer.lines.alpha"] == 0.5
+    idle = faults("method=ties", "study.space.veneer.lines.alpha={low: 0, high: 1}")
+    assert "lines is not around the method; add it with veneers=[lines]" in idle
+    choice = made("method=ties", "study.space.veneers={choices: [[], [lines]]}", "study.space.veneer.lines.alpha={}")
+    assert choice.config({"veneers": '["lines"]'}).veneers == ["lines"]
+
+
 def test_each_method_of_several_has_its_own_parameters() -> None:
     space = made("study.methods=[ties,dare]", "study.space.method.scale.high=1.0", "study.space.dare.density.low=0.5")
     told = space.told()
@@ -59,7 +80,7 @@ def test_each_method_of_several_has_its_own_parameters() -> None:
     assert told["dare.density"] == "[0.5, 1.0]"
     assert told["ties.scale"] == "[0.1, 1.0]"
     assert told["dare.scale"] == "[0.0, 1.0]"
-    params = {"method": "dare", "dare.density": 0.75, "dare.scale": 0.5, "dare.trim": 0.5}
+    params = {"method": "dare", "dare.density": 0.75, "dare.scale": 0.5}
     suggested = space.suggest(optuna.trial.FixedTrial(params))
     assert suggested == params
     config = space.config(params)
@@ -94,7 +115,7 @@ def test_the_default_of_every_method_is_a_start() -> None:
     space = made("study.methods=[ties,dare]")
     assert space.defaults() == [
         {"method": "ties", "ties.density": 0.2, "ties.scale": 1.0},
-        {"method": "dare", "dare.density": 0.5, "dare.scale": 0.3, "dare.trim": 0.2},
+        {"method": "dare", "dare.density": 0.5, "dare.scale": 0.3},
     ]
 
 
