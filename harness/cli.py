@@ -6,6 +6,7 @@ Everything heavy is imported by what needs it, so that help, listings and config
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from harness.config import ROOT, UserError
-from harness.listing import choices_of, methods, print_table
+from harness.listing import choices_of, in_words, method_page, methods, print_groups, print_table
 
 if TYPE_CHECKING:
     from harness.config import RunConfig
@@ -90,9 +91,19 @@ examples:
   crucible study study=studies/examples/NAME.yaml
 """
 
+BENCHMARK = """\
+Keys of its own: methods=all or [a,b], trials=30 for each, output=FILE.md (and FILE.json), name=benchmark: under the
+name of one that was begun, what is finished is not repeated. `study.KEY=value` is of every study, the rest of the runs.
+examples:
+  crucible benchmark methods=all output=docs/benchmark.md
+  crucible benchmark methods=[ties,dare] trials=10 study.workers=2
+  crucible benchmark methods=all pool=clip_vit_b32_ta8 tasks=clip_ta8 name=clip
+"""
+
 LIST = """\
 examples:
   crucible list methods
+  crucible list methods ties                      formula, source, parameters, cost
   crucible list pools
   crucible list tasks --config-dir my/conf
 """
@@ -157,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         ("merge", _merge, "merge checkpoints into a checkpoint, without evaluation or tracking", MERGE),
         ("evaluate", _evaluate, "score one model or one expert without merging", EVALUATE),
         ("study", _study, "search parameters with Optuna, each trial a run under the study's run", STUDY),
+        ("benchmark", _benchmark, "search every method with the same budget, score each winner on test", BENCHMARK),
         ("show", _show, "print the resolved configuration, with the range each parameter is searched in", SHOW),
     ):
         sub = add(name, command, about, f"{OVERRIDES}\n{examples}")
@@ -180,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--output", "-o", type=Path, metavar="FILE", help="write it here instead of printing it")
     sub = add("list", _list, "list what there is to choose from", LIST)
     sub.add_argument("what", choices=("methods", "pools", "tasks"))
+    sub.add_argument("name", nargs="?", help="of one method: everything about it")
     sub.add_argument("--config-dir", type=Path, metavar="DIR", help="a directory like conf/ with choices of your own")
     sub = add("build-suite", _build_suite, "train the embedded suite again: base, experts and data", BUILD)
     sub.add_argument("--suite", choices=("mini_clip8", "mini_lm"), default="mini_clip8", help="default: mini_clip8")
@@ -194,7 +207,7 @@ def _spelled(arguments: list[str]) -> list[str]:
     >>> _spelled(["run", "method=ties", "--method.density", "0.3", "--seed=1", "--from-run", "ab"])
     ['run', '--from-run', 'ab', 'method=ties', 'method.density=0.3', 'seed=1']
     """
-    if not arguments or arguments[0] not in ("run", "merge", "evaluate", "study", "show"):
+    if not arguments or arguments[0] not in ("run", "merge", "evaluate", "study", "benchmark", "show"):
         return arguments
     options, overrides = arguments[:1], list[str]()
     rest = iter(arguments[1:])
@@ -265,11 +278,22 @@ def _merge(given: argparse.Namespace) -> None:
 
 
 def _study(given: argparse.Namespace) -> None:
+    print_table(("", ""), _studied(given, given.overrides))
+
+
+def _studied(given: argparse.Namespace, overrides: Sequence[str]) -> list[tuple[str, ...]]:
+    """Run a study; returns what it came to, in words."""
     import importlib
 
     study = importlib.import_module("studies.command")  # the one place where harness calls studies
-    told = study.main(given.overrides, lambda overrides: _composed(given, overrides), given.config_dir)
-    print_table(("", ""), told)
+    return study.main(overrides, lambda overrides: _composed(given, overrides), given.config_dir)
+
+
+def _benchmark(given: argparse.Namespace) -> None:
+    from harness.benchmark import benchmark
+
+    compose = functools.partial(_composed, given)
+    print_table(("", ""), [*benchmark(given.overrides, compose, functools.partial(_studied, given))])
 
 
 def _extract_lora(given: argparse.Namespace) -> None:
@@ -351,19 +375,19 @@ def _ranges(params: object) -> dict[str, str]:
     """What to say of each parameter's search range."""
     import dataclasses
 
-    said = {}
-    for field in dataclasses.fields(params):  # type: ignore[arg-type]
-        span = field.metadata.get("range")
-        if span is not None and span.choices:
-            said[field.name] = "searched among " + ", ".join(map(str, span.choices))
-        elif span is not None:
-            how = (", logarithmic" if span.log else "") + (f", step {span.step}" if span.step else "")
-            said[field.name] = f"searched in [{span.low}, {span.high}]{how}"
-    return said
+    found = {field.name: in_words(field.metadata.get("range")) for field in dataclasses.fields(params)}  # type: ignore[arg-type]
+    return {name: f"searched {words}" for name, words in found.items() if words}
 
 
 def _list(given: argparse.Namespace) -> None:
-    print_table(*(methods() if given.what == "methods" else choices_of(given.what, given.config_dir)))
+    if given.what != "methods":
+        if given.name is not None:
+            raise UserError(f"list {given.what} {given.name}: methods alone have pages; `crucible list {given.what}`")
+        print_table(*choices_of(given.what, given.config_dir))
+    elif given.name is None:
+        print_groups(*methods())
+    else:
+        print(method_page(given.name), end="")
 
 
 def _build_suite(given: argparse.Namespace) -> None:

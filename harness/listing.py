@@ -2,32 +2,67 @@
 
 from __future__ import annotations
 
-import ast
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from harness.config import ROOT, ConfigError
+from harness.config import ConfigError, UserError, closest
+
+if TYPE_CHECKING:
+    from methods.kinds import Row, Veneer
+    from methods.parameters import Range
 
 Lines = list[tuple[str, ...]]
 
 _YOURS = "an_expert_of_yours"
 
 
-def methods() -> tuple[tuple[str, ...], Lines]:
-    """Every method with its kind, needs and paper, and what it does."""
-    from methods.catalogue import CATALOGUE
+def methods() -> tuple[tuple[str, ...], dict[str, Lines]]:
+    """Every method by family with its kind, needs and paper, and what it does; the veneers last."""
+    from harness.method_pages import about, families
+    from methods.kinds import Row
 
-    rows: Lines = []
-    for row in CATALOGUE.values():
-        path = ROOT.joinpath(*row.function.partition(":")[0].split(".")).with_suffix(".py")
-        rows.append((row.name, row.kind.value, row.needs(), row.paper, _summary(path)))
-    return ("name", "kind", "needs", "paper", "what it does"), rows
+    groups: dict[str, Lines] = {}
+    for family, members in families():
+        groups[family] = []
+        for member in members:
+            kind, needs = (member.kind.value, member.needs()) if isinstance(member, Row) else ("veneer", "a rule")
+            groups[family].append((member.name, kind, needs, member.paper, about(member).summary))
+    return ("name", "kind", "needs", "paper", "what it does"), groups
 
 
-def _summary(path: Path) -> str:
-    """The first line of a module's docstring, read without importing it."""
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return text.partition("\n")[0]
+def method_page(name: str) -> str:
+    """All of one method: formula, source, parameters, needs, cost.
+
+    Raises:
+        UserError: There is no such method or veneer.
+    """
+    from harness.method_pages import entry, figures
+    from methods.catalogue import CATALOGUE, VENEERS
+
+    known: dict[str, Row | Veneer] = {**CATALOGUE, **VENEERS}
+    if name not in known:
+        raise UserError(f"no method is called {name!r}; {closest(name, known)}")
+    return entry(known[name], figures().get(name))
+
+
+def in_words(span: Range | None) -> str:
+    """Where a study searches a parameter; nothing where it does not.
+
+    >>> from methods.parameters import Range
+    >>> in_words(Range(0.1, 10.0, log=True))
+    'in [0.1, 10.0], logarithmic'
+    """
+    if span is None:
+        return ""
+    if span.choices:
+        return "among " + ", ".join(map(str, span.choices))
+    return (
+        f"in [{span.low}, {span.high}]"
+        + (", logarithmic" if span.log else "")
+        + (f", step {span.step}" if span.step else "")
+    )
 
 
 def choices_of(what: str, config_dir: Path | None) -> tuple[tuple[str, ...], Lines]:
@@ -63,3 +98,26 @@ def print_table(head: tuple[str, ...], rows: Lines) -> None:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for row in (head, *rows):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def print_groups(head: tuple[str, ...], groups: Mapping[str, Lines]) -> None:
+    """Print one table in parts, each under its name."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*head)
+        for name, rows in groups.items():
+            table.add_section()
+            table.add_row(f"[bold]{name}[/bold]")
+            for row in rows:
+                table.add_row(*row)
+        Console().print(table)
+        return
+    columns = zip(head, *(row for rows in groups.values() for row in rows), strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    for name, rows in {"": [head], **groups}.items():
+        if name:
+            print(f"\n{name}")
+        for row in rows:
+            print("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

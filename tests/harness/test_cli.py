@@ -11,7 +11,6 @@ import pytest
 from harness import cli
 from harness.compose import compose, to_yaml
 from harness.config import ROOT, UserError
-from methods.catalogue import CATALOGUE
 
 HEAVY = ("torch", "mlflow", "transformers", "datasets", "lightning", "matplotlib", "sklearn", "optuna", "peft")
 
@@ -77,14 +76,6 @@ def test_every_command_has_help_with_examples(command: str, capsys: pytest.Captu
     said = capsys.readouterr().out
     assert exit.value.code == 0
     assert f"examples:\n  crucible {command}" in said
-
-
-def test_methods_are_listed_with_kind_needs_and_paper(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["list", "methods"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["name", *CATALOGUE]
-    ties = next(line for line in lines if line.startswith("ties "))
-    assert all(part in ties for part in ("rule", "base, experts", "arXiv:2306.01708", "trim each expert's change"))
 
 
 def test_pools_and_tasks_are_listed_with_those_of_the_user(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
