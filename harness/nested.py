@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from harness.provenance import process_tags
@@ -26,6 +26,8 @@ class Child:
     id: str
     status: str  # RUNNING, FINISHED, FAILED, KILLED
     tags: Mapping[str, str]
+    params: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 class Children:
@@ -89,20 +91,40 @@ class Children:
 
     def all(self) -> list[Child]:
         """Every child that the store has."""
-        found: list[Child] = []
-        token = None
-        while True:
-            page = self._client.search_runs(
-                [self._experiment], f"tags.`{PARENT}` = '{self.parent}'", max_results=PER_PAGE, page_token=token
-            )
-            found += [Child(run.info.run_id, run.info.status, run.data.tags) for run in page]
-            token = page.token
-            if not token:
-                return found
+        return _found(self._client, self._experiment, {PARENT: self.parent})
 
     def remove(self, run_id: str) -> None:
         """Delete a child that should not be there."""
         self._client.delete_run(run_id)
+
+
+def runs_with(experiment: str, tags: Mapping[str, str]) -> list[Child]:
+    """The runs of an experiment that have these tags, the newest first.
+
+    Args:
+        experiment: Its name; made if there is none.
+        tags: Name -> value.
+
+    Raises:
+        TrackingError: The store cannot be used.
+    """
+    client = connect()
+    return _found(client, experiment_id(client, experiment), tags)
+
+
+def _found(client: MlflowClient, experiment: str, tags: Mapping[str, str]) -> list[Child]:
+    """Runs by their tags, page by page."""
+    wanted = " and ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items())
+    found: list[Child] = []
+    token = None
+    while True:
+        page = client.search_runs([experiment], wanted, max_results=PER_PAGE, page_token=token)
+        found += [
+            Child(run.info.run_id, run.info.status, run.data.tags, run.data.params, run.data.metrics) for run in page
+        ]
+        token = page.token
+        if not token:
+            return found
 
 
 def tracking_uri() -> str:

@@ -237,6 +237,31 @@ def _annotate(axes: Axes, table: Sequence[Sequence[float]], image: Any) -> None:
             )
 
 
+def ranking(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
+    """Methods from the best at the top, with their intervals.
+
+    Args:
+        rows: Each with method, mean, low and high; low and high may be None.
+        metric: What the numbers are, such as `average/accuracy`.
+    """
+    figure = _figure(7.5, 1.2 + 0.26 * len(rows))
+    axes = _axes(figure)
+    factor = 100 if metric.rpartition("/")[2] in (*SHARES, "normalized") else 1
+    means = [factor * row["mean"] for row in rows]
+    low, high = ([factor * (row["mean"] if row[end] is None else row[end]) for row in rows] for end in ("low", "high"))
+    spans = [
+        [mean - end for mean, end in zip(means, low, strict=True)],
+        [end - mean for mean, end in zip(means, high, strict=True)],
+    ]
+    axes.errorbar(means, range(len(rows)), xerr=spans, fmt="o", color=MERGED, ecolor=BASE, capsize=2, markersize=4)
+    axes.set_yticks(range(len(rows)), [str(row["method"]) for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel(metric.replace("/", " ") + (" in %" if factor == 100 else "") + ", 95 % interval")
+    axes.grid(axis="x", color=GRID)
+    axes.set_axisbelow(True)
+    return figure
+
+
 def learning_curve(losses: Sequence[float], smooth: int = 0) -> Figure:
     """The loss of an adaptation by step, and its running mean.
 
