@@ -18,6 +18,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """No hub, and caches that go with the run: set before any library reads its environment."""
     place = tempfile.mkdtemp(prefix="crucible-tests-")
     config.add_cleanup(lambda: shutil.rmtree(place, ignore_errors=True))
+    if hasattr(config, "workerinput"):  # one process for each core: no more threads than that
+        os.environ["OMP_NUM_THREADS"] = "1"
     os.environ |= {"HF_HOME": place, "XDG_CACHE_HOME": place, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
