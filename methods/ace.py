@@ -19,8 +19,8 @@ from dataclasses import dataclass
 
 from methods.kinds import Place
 from methods.lazy import torch
-from methods.matrices import changes_as_matrices, check_matrices, mean_change
-from methods.parameters import Params, positive, share, tunable
+from methods.matrices import changes_as_matrices, mean_change
+from methods.parameters import Params, positive, share, tunable, word
 from methods.spectra import leading
 
 
@@ -32,12 +32,11 @@ class AceParams(Params):
     epsilon: float = tunable(1e-5, low=1e-6, high=1e-1, log=True, published=(2e-4, 4e-2))  # added to each covariance
     threshold: float = tunable(0.3, low=0.05, high=0.5)  # gamma above which experts count as of unlike size (tau)
     fraction: float = share(0.3, low=0.05, high=0.5)  # share of directions that are refined then, in (0, 1]
-    matrices: str = "all"  # what is merged so: all (2-D tensors), linear (linear layers' weights), conv (kernels too)
+    matrices: str = word("all", "linear", "conv")  # what is a matrix: methods/matrices.py
 
     def __post_init__(self) -> None:
         super().__post_init__()
         positive("epsilon", self.epsilon)
-        check_matrices(self.matrices)
 
 
 def ace(base: torch.Tensor, experts: torch.Tensor, params: AceParams, *, place: Place) -> torch.Tensor:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from methods.kinds import Place
 from methods.lazy import torch
-from methods.matrices import as_matrices, check_matrices
-from methods.parameters import Params, share, tunable
+from methods.matrices import as_matrices
+from methods.parameters import Params, share, tunable, word
 from methods.primitives import average
 from methods.spectra import leading, one_thread
 
@@ -24,11 +24,7 @@ class CartParams(Params):
 
     rank: float = share(0.08, low=0.01, high=0.32, log=True)  # share of the directions kept, in (0, 1]; at least one
     scale: float = tunable(1.0, low=0.3, high=3.0)  # multiplies the sum over the experts (lambda in the paper)
-    matrices: str = "all"  # what is a matrix: all, linear or conv; methods/matrices.py
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_matrices(self.matrices)
+    matrices: str = word("all", "linear", "conv")  # what is a matrix: all, linear or conv; methods/matrices.py
 
 
 @one_thread

@@ -21,7 +21,7 @@ from typing import Any
 from methods.adam import Adam
 from methods.kinds import Piece, Pieces, Place
 from methods.lazy import torch
-from methods.matrices import changes_as_matrices, check_matrices, mean_change
+from methods.matrices import changes_as_matrices, mean_change
 from methods.parameters import Params, at_least, positive, share, tunable, word
 from methods.primitives import add_up, keep_above
 from methods.selection import kth_largest
@@ -38,7 +38,7 @@ class DogeTaParams(Params):
     subspace: int = tunable(6, low=2, high=12)  # the shared directions are one in so many of all
     lr: float = tunable(1e-4, low=1e-5, high=1e-3, log=True)  # Adam's learning rate
     steps: int = 400  # updates for each matrix, at least 0
-    matrices: str = "linear"  # what is merged so: linear (weights of linear layers), all (2-D), conv (kernels too)
+    matrices: str = word("linear", "all", "conv")  # what is a matrix: methods/matrices.py
     others: str = word("mean", "base")  # what is no such matrix: the mean of the changes, or the base's
 
     def __post_init__(self) -> None:
@@ -47,7 +47,6 @@ class DogeTaParams(Params):
         at_least("subspace", self.subspace, 1)
         positive("lr", self.lr)
         at_least("steps", self.steps, 0)
-        check_matrices(self.matrices)
 
 
 def thresholds(pieces: Pieces, params: DogeTaParams) -> torch.Tensor | None:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from methods.kinds import Place
 from methods.lazy import torch
-from methods.matrices import as_matrix, changes_as_matrices, check_matrices, mean_change
-from methods.parameters import Params, tunable
+from methods.matrices import as_matrix, changes_as_matrices, mean_change
+from methods.parameters import Params, tunable, word
 from methods.primitives import add_up, changes
 from methods.spectra import leading, one_thread, orthogonal, polar, project
 
@@ -27,11 +27,7 @@ class IsoCParams(Params):
     """Parameters of `iso_c`; also the schema of conf/method/iso_c.yaml."""
 
     scale: float = tunable(1.0, low=0.1, high=3.0, published=(1.5,))  # multiplies the merged change (alpha)
-    matrices: str = "all"  # what is a matrix: all, linear or conv; methods/matrices.py
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_matrices(self.matrices)
+    matrices: str = word("all", "linear", "conv")  # what is a matrix: all, linear or conv; methods/matrices.py
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,8 @@ class Row:
     def needs(self) -> str:
         """What a user must bring, in a few words."""
         low, high = self.n_experts
-        count = f"{low} experts" if high == low else f"{low}+ experts" if high is None else f"{low} to {high} experts"
+        count = f"{low}" if high == low else f"{low}+" if high is None else f"{low} to {high}"
+        count = f"{count} expert" if high == 1 else f"{count} experts"
         if high is None and low < 2:
             count = "experts" if low else ""
         parts = ["base" if self.base is Base.needed else "", count]

@@ -1,7 +1,6 @@
 """KnOTS, a veneer: the changes are turned into the joint basis of all of them before a rule merges, and back after it.
 
-Source: Stoica et al. 2025, arXiv:2410.19735 (one singular value decomposition of the changes side by
-side).
+Source: Stoica et al. 2025, arXiv:2410.19735 (one singular value decomposition of the changes side by side).
 Differs: the rule is given S V_i^T (each change's coordinates, singular values included), as FusionBench aligns them;
 the paper also tries V_i^T alone. The basis is had from the Gram matrix of the sides put next to each other, which the
 paper's decomposition has for its left factor; directions below `eps` are dropped. What is no matrix is merged as it
@@ -17,23 +16,23 @@ from typing import TYPE_CHECKING
 
 from methods.kinds import Piece
 from methods.lazy import torch
-from methods.matrices import as_matrices, check_matrices
-from methods.parameters import at_least
+from methods.matrices import as_matrices
+from methods.parameters import Params, at_least, word
 
 if TYPE_CHECKING:
     from methods.kinds import Draw, Dressed
 
 
 @dataclass(frozen=True)
-class KnotsParams:
+class KnotsParams(Params):
     """Parameters of `knots`."""
 
     eps: float = 1e-4  # singular values up to this are dropped, at least 0
-    matrices: str = "all"  # what is a matrix: all, linear or conv; methods/matrices.py
+    matrices: str = word("all", "linear", "conv")  # what is a matrix: all, linear or conv; methods/matrices.py
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least("eps", self.eps, 0)
-        check_matrices(self.matrices)
 
 
 def knots(piece: Piece, params: KnotsParams, numbers: None) -> Dressed:

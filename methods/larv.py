@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from methods.kinds import Piece, Pieces
 from methods.lazy import torch
-from methods.matrices import as_matrices, check_matrices
-from methods.parameters import Params, tunable
+from methods.matrices import as_matrices
+from methods.parameters import Params, tunable, word
 from methods.primitives import spread
 
 if TYPE_CHECKING:
@@ -33,11 +33,7 @@ class LarvParams(Params):
 
     low: float = tunable(0.8, low=0.0, high=1.0)  # scale of the layers whose changes are the most diffuse
     high: float = tunable(1.2, low=1.0, high=2.0)  # scale of the layers whose changes are the most concentrated
-    matrices: str = "linear"  # whose spectra are looked at: all 2-D tensors, linear layers, or conv: kernels too
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_matrices(self.matrices)
+    matrices: str = word("linear", "all", "conv")  # what is a matrix: methods/matrices.py
 
 
 def factors(pieces: Pieces, params: LarvParams) -> dict[int, torch.Tensor]:

@@ -12,10 +12,7 @@ from collections.abc import Sequence
 
 from methods.kinds import Place
 from methods.lazy import torch
-from methods.parameters import one_of
 from methods.primitives import changes
-
-_WORDS = ("all", "linear", "conv")
 
 
 class RankError(ValueError):
@@ -30,15 +27,6 @@ def check_rank_of(name: str, rank: int, shape: Sequence[int]) -> None:
     """
     if rank > min(shape):
         raise RankError(f"{name} must be at most {min(shape)} for a matrix of shape {tuple(shape)}, got {rank}")
-
-
-def check_matrices(value: str) -> None:
-    """Refuse a word for `matrices` that is not known.
-
-    Raises:
-        ValueError: As above.
-    """
-    one_of("matrices", value, _WORDS)
 
 
 def as_matrices(tensors: torch.Tensor, place: Place, matrices: str) -> torch.Tensor | None:

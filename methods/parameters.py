@@ -54,12 +54,12 @@ class Params:
     def __post_init__(self) -> None:
         for item in fields(self):
             value, facts = getattr(self, item.name), item.metadata
-            if value is not None and (isinstance(value, list) or ("range" in facts and not facts["range"].choices)):
-                finite(item.name, value)
             if "share" in facts:
                 in_unit_interval(item.name, value)
-            if "words" in facts:
+            elif "words" in facts:
                 one_of(item.name, value, facts["words"])
+            elif value is not None and (isinstance(value, list) or ("range" in facts and not facts["range"].choices)):
+                finite(item.name, value)
 
 
 def in_unit_interval(name: str, value: float) -> None:

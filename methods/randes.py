@@ -34,7 +34,6 @@ class RandesParams(PackingParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        super().__post_init__()
         check_packed(self.matrices)
 
 

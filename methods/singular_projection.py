@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from methods.kinds import Place
 from methods.lazy import torch
-from methods.matrices import as_matrix, check_matrices, check_rank_of
-from methods.parameters import Params, at_least, one_of, share, tunable
+from methods.matrices import as_matrix, check_rank_of
+from methods.parameters import Params, at_least, one_of, share, tunable, word
 from methods.spectra import Leading, covering, leading, one_thread, project
 
 
@@ -27,14 +27,13 @@ class SingularProjectionParams(Params):
     rank: int | None = None  # how many directions lead, at least 1 and at most min(m, n); null: as `energy` says
     energy: float = share(0.5, low=0.1, high=0.95)  # share of the sum of the base's singular values, in (0, 1]
     null_space: bool = True  # high: whether directions beyond the shorter side's number belong to it
-    matrices: str = "linear"  # what is a matrix: all, linear or conv; methods/matrices.py
+    matrices: str = word("linear", "all", "conv")  # what is a matrix: all, linear or conv; methods/matrices.py
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("part", self.part, ("low", "high"))
         if self.rank is not None:
             at_least("rank", self.rank, 1)
-        check_matrices(self.matrices)
 
 
 @one_thread

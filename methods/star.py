@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from methods.kinds import Place
 from methods.lazy import torch
-from methods.matrices import as_matrices, as_matrix, check_matrices, mean_change
-from methods.parameters import Params, share, tunable
+from methods.matrices import as_matrices, as_matrix, mean_change
+from methods.parameters import Params, share, tunable, word
 from methods.spectra import covering, leading, one_thread
 
 
@@ -24,11 +24,7 @@ class StarParams(Params):
 
     eta: float = share(0.4, low=0.1, high=0.9)  # share of the sum of singular values kept, in (0, 1]
     scale: float = tunable(1.0, low=0.3, high=3.0)  # multiplies the mean of the changes
-    matrices: str = "all"  # what is a matrix: all, linear or conv; methods/matrices.py
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_matrices(self.matrices)
+    matrices: str = word("all", "linear", "conv")  # what is a matrix: all, linear or conv; methods/matrices.py
 
 
 @one_thread

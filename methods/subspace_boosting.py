@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from methods.kinds import Place
 from methods.lazy import torch
-from methods.matrices import as_matrix, check_matrices
-from methods.parameters import Params, share, tunable
+from methods.matrices import as_matrix
+from methods.parameters import Params, share, tunable, word
 from methods.primitives import changes
 from methods.spectra import covering, leading, one_thread, polar
 
@@ -26,11 +26,7 @@ class SubspaceBoostingParams(Params):
 
     beta: float = share(0.01, low=0.001, high=0.5, log=True)  # share of the sum of singular values, in (0, 1]
     scale: float = tunable(0.3, low=0.01, high=1.0)  # multiplies the merged change (alpha in the paper)
-    matrices: str = "all"  # what is a matrix: all, linear or conv; methods/matrices.py
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_matrices(self.matrices)
+    matrices: str = word("all", "linear", "conv")  # what is a matrix: all, linear or conv; methods/matrices.py
 
 
 @one_thread

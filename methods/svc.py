@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from methods.kinds import Piece
 from methods.lazy import torch
-from methods.matrices import as_matrices, check_matrices
-from methods.parameters import Params, share
+from methods.matrices import as_matrices
+from methods.parameters import Params, share, word
 
 if TYPE_CHECKING:
     from methods.kinds import Dressed
@@ -31,11 +31,7 @@ class SvcParams(Params):
     """Parameters of `svc`."""
 
     alpha: float = share(0.1, low=0.05, high=1.0, published=(0.2, 1.0))  # least overlap, in (0, 1]
-    matrices: str = "all"  # what is a matrix: all, linear or conv; methods/matrices.py
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_matrices(self.matrices)
+    matrices: str = word("all", "linear", "conv")  # what is a matrix: all, linear or conv; methods/matrices.py
 
 
 def svc(piece: Piece, params: SvcParams, numbers: None) -> Dressed:

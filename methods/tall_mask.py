@@ -29,7 +29,6 @@ class TallMaskParams(PackingParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        super().__post_init__()
         at_least("selectivity", self.selectivity, 0)
         if self.selectivities is not None:
             for value in self.selectivities:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from methods.kinds import Place
 from methods.lazy import torch
 from methods.low_rank import approximate
-from methods.matrices import as_matrices, check_matrices
+from methods.matrices import as_matrices
 from methods.packing import PackingParams, stored
-from methods.parameters import in_unit_interval
+from methods.parameters import in_unit_interval, word
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,12 @@ class TsvCompressParams(PackingParams):
     """Parameters of `tsv_compress`; also the schema of conf/method/tsv_compress.yaml."""
 
     share: float | None = None  # of each matrix's ranks kept, in (0, 1]; null for one over the number of experts
-    matrices: str = "all"  # all two-dimensional tensors, those of `linear` layers, or with `conv` kernels too
+    matrices: str = word("all", "linear", "conv")  # what is a matrix: methods/matrices.py
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.share is not None:
             in_unit_interval("share", self.share)
-        check_matrices(self.matrices)
 
 
 def tsv_compress(

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from methods.kinds import Place
 from methods.lazy import torch
-from methods.matrices import as_matrices, as_matrix, check_matrices, mean_change
-from methods.parameters import Params, per_expert, tunable
+from methods.matrices import as_matrices, as_matrix, mean_change
+from methods.parameters import Params, per_expert, tunable, word
 from methods.spectra import leading, one_thread, orthogonal
 
 
@@ -26,11 +26,7 @@ class TsvMParams(Params):
 
     scale: float = tunable(1.0, low=0.1, high=2.0)  # multiplies the merged change (alpha in the paper)
     weights: list[float] | None = None  # one for each expert: of its change, before all else; null for ones
-    matrices: str = "all"  # what is a matrix: all, linear or conv; methods/matrices.py
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_matrices(self.matrices)
+    matrices: str = word("all", "linear", "conv")  # what is a matrix: all, linear or conv; methods/matrices.py
 
 
 @one_thread

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from methods.adam import Adam
 from methods.kinds import Place
 from methods.lazy import torch
-from methods.matrices import changes_as_matrices, check_matrices, mean_change
-from methods.parameters import Params, at_least, positive, tunable
+from methods.matrices import changes_as_matrices, mean_change
+from methods.parameters import Params, at_least, positive, tunable, word
 from methods.primitives import add_up
 
 
@@ -27,13 +27,12 @@ class WudiParams(Params):
     scale: float = tunable(1.0, low=0.1, high=2.0)  # multiplies the merged change
     lr: float = tunable(1e-5, low=1e-6, high=1e-2, log=True)  # Adam's learning rate: an entry moves by it in a step
     steps: int = tunable(400, low=50, high=800)  # updates, at least 0: none leave the sum of the changes
-    matrices: str = "all"  # what is merged so: all (2-D tensors), linear (linear layers' weights), conv (kernels too)
+    matrices: str = word("all", "linear", "conv")  # what is a matrix: methods/matrices.py
 
     def __post_init__(self) -> None:
         super().__post_init__()
         positive("lr", self.lr)
         at_least("steps", self.steps, 0)
-        check_matrices(self.matrices)
 
 
 def wudi(base: torch.Tensor, experts: torch.Tensor, params: WudiParams, *, place: Place) -> torch.Tensor:
@@ -46,21 +45,27 @@ def wudi(base: torch.Tensor, experts: torch.Tensor, params: WudiParams, *, place
 
 def _optimised(deltas: torch.Tensor, params: WudiParams) -> torch.Tensor:
     """The merged change, (T, m, n) -> (m, n): away from the sum by y, the gradient of the loss is y gram + start."""
-    total = add_up(deltas)
-    rows, start = [], torch.zeros_like(total)
-    for delta in deltas:
-        if (square := float(delta.double().square().sum())) > 0:
-            rows.append(delta * (2 / square) ** 0.5)
-            start.addmm_((total - delta) @ rows[-1].T, rows[-1])
-    if not rows:
+    total, (n_experts, m, n) = add_up(deltas), deltas.shape
+    if params.steps == 0:
         return total
-    stacked = torch.cat(rows)  # (T m, n); its Gram matrix is the loss's second derivative
-    thin = 2 * stacked.shape[0] < stacked.shape[1]  # then two products with it are less than one with that matrix
-    gram = None if thin else stacked.T @ stacked
+    rows, start, gram = [], torch.zeros_like(total), total.new_zeros(n, n)  # the loss's second derivative
+    for delta in deltas:
+        square = float(delta.double().square().sum())
+        row = delta * ((2 / square) ** 0.5 if square else 0.0)
+        if m < n:  # whichever order of the products is cheaper
+            rows.append(row)
+            start.addmm_((total - delta) @ row.T, row)
+        else:
+            own = row.T @ row
+            gram += own
+            start.addmm_(total - delta, own)
+    stacked = torch.cat(rows) if rows else None
+    if stacked is not None and n_experts * n + params.steps * n < params.steps * 2 * n_experts * m:
+        gram, stacked = stacked.T @ stacked, None
     away, gradient = torch.zeros_like(total), torch.empty_like(total)
     adam = Adam(away, params.lr)
     for _ in range(params.steps):
-        left, right = (away @ stacked.T, stacked) if gram is None else (away, gram)
+        left, right = (away, gram) if stacked is None else (away @ stacked.T, stacked)
         torch.addmm(start, left, right, out=gradient)
         adam.step(gradient)
     return total.add_(away)

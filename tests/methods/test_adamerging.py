@@ -84,7 +84,7 @@ def test_it_is_no_method_for_state_dicts() -> None:
     [
         ({"granularity": "block"}, "granularity is one of task, layer, tensor; got 'block'"),
         ({"lr": 0.0}, "lr must be positive"),
-        ({"lr": float("inf")}, "lr must be positive and finite"),
+        ({"lr": float("inf")}, "lr must be a finite number"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"scale": float("nan")}, "scale must be a finite number"),
     ],

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from methods.cart import CartParams
 from methods.kinds import Place
-from methods.matrices import RankError, as_matrices, as_matrix, changes_as_matrices, check_matrices, check_rank_of
+from methods.matrices import RankError, as_matrices, as_matrix, changes_as_matrices, check_rank_of
 
 LINEAR = Place(linear=True)
 
@@ -46,6 +47,6 @@ def test_changes_have_memory_of_their_own() -> None:
 
 def test_unknown_words_and_ranks_that_are_too_large_are_refused() -> None:
     with pytest.raises(ValueError, match="matrices is one of all, linear, conv; got '2d'"):
-        check_matrices("2d")
+        CartParams(matrices="2d")
     with pytest.raises(RankError, match=r"rank must be at most 3 for a matrix of shape \(3, 7\), got 4"):
         check_rank_of("rank", 4, (3, 7))
