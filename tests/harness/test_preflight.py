@@ -7,13 +7,16 @@ import dataclasses
 import pytest
 import torch
 
-from harness.inputs import MergeError
-from harness.merge import Memory, merge_into
+from harness.inputs import Inputs, MergeError
+from harness.merge import Memory, Merge, merge_into, ready
 from harness.preflight import preflight
+from harness.veneers import Worn
+from methods.catalogue import CATALOGUE, VENEERS
 from pools.checkpoint import Checkpoint
 from pools.faults import specs_of
 from pools.write import Layout
 from tests.harness.engine_parts import on_disk, plain, run
+from tests.methods.samples import CASES, SampleRoles, models, stats_for
 
 STATE = {
     "layers.0.fc.weight": torch.ones(30, 20).bfloat16(),
@@ -139,3 +142,13 @@ def test_the_peak_is_foretold_within_a_factor_of_two(method, tmp_path):
         on_disk(tmp_path / name, state)
     foretold, seen = map(int, run(PEAK, tmp_path, method).split())
     assert seen / 2 < foretold < seen * 2, (foretold, seen)
+
+
+@pytest.mark.parametrize("case", {(case.row.name, *case.veneers): case for case in reversed(CASES)}.values(), ids=str)
+def test_every_method_can_be_looked_at(case):
+    """Alone and with what is put around it; made-up numbers must do for any rule."""
+    base, experts = models(case.n_experts)
+    worn = tuple(Worn(VENEERS[name], VENEERS[name].load_params()()) for name in case.veneers)
+    inputs = Inputs(base, experts, SampleRoles(), stats_for(case.row, experts))
+    job = ready(Merge(CATALOGUE[case.row.name], case.row.load_params()(**case.params), inputs, veneers=worn))
+    assert preflight(job, Layout(job.specs), 1, None, {}).seconds >= 0
