@@ -44,9 +44,12 @@ def row_products(rows: torch.Tensor) -> torch.Tensor:
 
 def summed(tables: Iterable[torch.Tensor]) -> torch.Tensor:
     """Sum of tables (T, T) or stacks of them, each number rounded once: how a tensor is cut hardly matters."""
-    stacked = torch.cat([table.reshape(-1, *table.shape[-2:]) for table in tables]).cpu()
-    columns = stacked.flatten(1).T.tolist()
-    return torch.tensor([math.fsum(column) for column in columns], dtype=torch.float64).reshape(stacked.shape[1:])
+    size, rows = 0, []
+    for table in tables:  # kept as numbers: small tensors would hold the pages of the large ones that came between them
+        size = table.shape[-1]
+        rows += table.reshape(-1, size * size).tolist()
+    columns = zip(*rows, strict=True)
+    return torch.tensor([math.fsum(column) for column in columns], dtype=torch.float64).reshape(size, size)
 
 
 def square_norms(tensors: torch.Tensor, origin: torch.Tensor | None = None) -> torch.Tensor:
