@@ -250,8 +250,10 @@ def ranking(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
     means = [factor * row["mean"] for row in rows]
     low, high = ([factor * (row["mean"] if row[end] is None else row[end]) for row in rows] for end in ("low", "high"))
     spans = [
-        [mean - end for mean, end in zip(means, low, strict=True)],
-        [end - mean for mean, end in zip(means, high, strict=True)],
+        [
+            max(mean - end, 0.0) for mean, end in zip(means, low, strict=True)
+        ],  # of further seeds: the mean may lie outside
+        [max(end - mean, 0.0) for mean, end in zip(means, high, strict=True)],
     ]
     axes.errorbar(means, range(len(rows)), xerr=spans, fmt="o", color=MERGED, ecolor=BASE, capsize=2, markersize=4)
     axes.set_yticks(range(len(rows)), [str(row["method"]) for row in rows])

@@ -173,3 +173,8 @@ def test_a_method_that_fails_does_not_end_the_others(build_workplace, tmp_path: 
     assert "no trial keeps to study.constraints" in (place.directory / "table.md").read_text()
     run = next(run for run in place.runs().values() if run.data.tags.get("kind") == "benchmark")
     assert run.info.status == "FINISHED"
+
+
+def test_a_mean_outside_of_the_interval_of_further_seeds_is_drawn() -> None:
+    rows = [{"method": "random", "mean": 0.45, "low": 0.46, "high": 0.48}]
+    assert ranking(rows, "average/accuracy").axes[0].get_yticklabels()[0].get_text() == "random"
