@@ -15,7 +15,8 @@ from tqdm import tqdm
 from harness.crew import ALONE, Crew
 from harness.factors import Found, checked, module_paths
 from harness.inputs import MergeError, Tensors
-from harness.merge import Merge, Tick, merge_into, ready
+from harness.job import Merge, Tick
+from harness.merge import merge_into, ready
 from methods.kinds import Base, Row
 from methods.low_rank import LowRank, approximate, concatenate, squared_norm, truncate
 from pools.adapter_files import write_adapter

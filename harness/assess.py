@@ -17,8 +17,8 @@ from harness.compress import by_task
 from harness.config import RunConfig
 from harness.evaluate import TaskScore, evaluate
 from harness.inputs import Inputs
+from harness.look import task_vector_cosines
 from harness.make import Made
-from harness.merge import task_vector_cosines
 from harness.references import References, references
 from harness.track import Run
 

@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from harness.apply import extras_of, not_finite, restored
 from harness.config import UserError
 from harness.crew import ALONE, Crew
 from harness.inputs import Inputs, MergeError, Tensors
-from harness.merge import Merge, Tick, extras_of, look_ahead, not_finite, ready, restored, sized
+from harness.job import Merge, Tick, sized
+from harness.look import look_ahead
+from harness.merge import ready
 from harness.pieces import Job, cut, own_stream, pieces
 from methods.draws import drawer
 from methods.kinds import Kind, Piece, Roles, Row

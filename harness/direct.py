@@ -17,7 +17,8 @@ from harness.compress import is_packed, pack
 from harness.config import PoolSettings, RunConfig, UserError
 from harness.crew import Crew, count_workers, crew
 from harness.inputs import Inputs, MergeError
-from harness.merge import Merge, Tick, ready
+from harness.job import Merge, Tick
+from harness.merge import ready
 from harness.output import merge_to_directory
 from harness.packed import save_packed
 from harness.preflight import Preflight, preflight

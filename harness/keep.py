@@ -18,8 +18,9 @@ from harness.config import RunConfig, UserError
 from harness.crew import Crew, count_workers, crew
 from harness.direct import as_adapter, dropped_by, lineage, progress, refuse_adapter
 from harness.execute import FabricTeam
+from harness.job import Done, Memory, Merge, Tick
 from harness.make import Made
-from harness.merge import Done, Memory, Merge, Tick, merge_into, ready
+from harness.merge import merge_into, ready
 from harness.output import merge_to_directory
 from harness.packed import save_packed
 from harness.preflight import preflight

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from harness.inputs import MergeError, Tensors
-from harness.merge import Merge, merge
+from harness.job import Merge
+from harness.merge import merge
 from methods.catalogue import find
 
 Named = Callable[[str], bool]

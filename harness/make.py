@@ -17,8 +17,8 @@ from harness.compress import Expert, Packed, is_packed, pack, refuse_strangers
 from harness.config import AdaptationSettings, UserError
 from harness.distill import distilled
 from harness.inputs import Inputs, MergeError, check
+from harness.job import Merge
 from harness.layerwise import merged_by_layers
-from harness.merge import Merge
 from harness.veneers import Worn
 from methods.catalogue import find
 from methods.kinds import Kind, Row

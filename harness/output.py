@@ -14,7 +14,8 @@ from typing import Protocol
 
 from harness.crew import Crew
 from harness.inputs import MergeError, Tensors
-from harness.merge import Done, Merge, Tick, merge_into
+from harness.job import Done, Merge, Tick
+from harness.merge import merge_into
 from harness.provenance import version
 from pools.partial import Journal, finished_files, partial_directory
 from pools.write import Layout, Shards, write_around, write_beside

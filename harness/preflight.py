@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from harness.merge import Merge, rule_on, sized
+from harness.apply import rule_on
+from harness.job import Merge, sized
 from harness.pieces import CHUNK
 from methods.kinds import Kind, Piece, Place
 from pools.faults import Spec

@@ -26,8 +26,9 @@ from harness.examples import Examples, Texts
 from harness.execute import launch
 from harness.held import Held, hold
 from harness.inputs import Inputs
+from harness.job import Memory, Merge
 from harness.make import Job, make
-from harness.merge import Memory, Merge, merge_into, ready
+from harness.merge import merge_into, ready
 from harness.references import References, references
 from harness.stacking import stacked
 from harness.track import local_path

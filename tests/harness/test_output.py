@@ -240,11 +240,11 @@ def test_what_cannot_be_resumed_leaves_nothing(place):
 SLOW = """
 import sys, time
 from harness import merge
-rounded = merge._rounded
+rounded = merge.rounded
 def slow(*given):
     time.sleep(0.15)
     return rounded(*given)
-merge._rounded = slow
+merge.rounded = slow
 from harness.cli import main
 sys.exit(main(["merge", *sys.argv[1:]]))
 """
