@@ -1,11 +1,11 @@
-"""What methods learn from data: statistics of experts, coefficients of a rule, routers of a build.
+"""What methods are told of data: statistics of experts.
 
 Every sum over examples is reduced over the devices, so that the number of devices changes nothing but the time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from lightning.fabric import Fabric
@@ -14,11 +14,10 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import layer_norm
 
-from harness.examples import Examples, Inputs, endless
+from harness.examples import Examples, Inputs, Texts
 from harness.execute import own_share, sum_over_devices
-from methods.primitives import add_up
+from harness.routed_inputs import routed_squares
 
-Report = Callable[[int, float, torch.Tensor | None], None]
 Named = Callable[[str], bool]  # whether a name is the weight of a linear layer that is asked for
 Watched = dict[str, tuple[nn.Module, Callable[[nn.Module, torch.Tensor], torch.Tensor]]]
 
@@ -27,7 +26,7 @@ _GOLDEN = (5**0.5 - 1) / 2  # its multiples lie evenly in [0, 1)
 
 
 def gram_matrices(
-    fabric: Fabric, module: nn.Module, examples: Examples, batch_size: int, is_linear: Named
+    fabric: Fabric, module: nn.Module, examples: Examples | Texts, batch_size: int, is_linear: Named
 ) -> dict[str, torch.Tensor]:
     """Mean of x x^T over all tokens that enter each linear layer, weight's name -> (in, in), for RegMean."""
     watched: Watched = {f"{path}.weight": (layer, _outer) for path, layer in _linears(module, is_linear)}
@@ -35,7 +34,7 @@ def gram_matrices(
 
 
 def features(
-    fabric: Fabric, module: nn.Module, examples: Examples, batch_size: int, is_linear: Named
+    fabric: Fabric, module: nn.Module, examples: Examples | Texts, batch_size: int, is_linear: Named
 ) -> dict[str, torch.Tensor]:
     """Gram matrices, and for layer norms' scales the mean squares of what they scale, name -> (in,), for CAT."""
     watched: Watched = {f"{path}.weight": (layer, _outer) for path, layer in _linears(module, is_linear)}
@@ -61,7 +60,7 @@ def _normalised_squares(layer: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 
 
 def _means_over_tokens(
-    fabric: Fabric, module: nn.Module, examples: Examples, batch_size: int, watched: Watched
+    fabric: Fabric, module: nn.Module, examples: Examples | Texts, batch_size: int, watched: Watched
 ) -> dict[str, torch.Tensor]:
     """The mean over all tokens that enter a layer, of what its function makes of tokens (N, in), summed over them."""
     sums: dict[str, torch.Tensor] = {}
@@ -109,27 +108,54 @@ def input_samples(
 def _show_inputs(
     fabric: Fabric,
     module: nn.Module,
-    examples: Examples,
+    examples: Examples | Texts,
     batch_size: int,
     layers: Mapping[str, nn.Module],
     see: Callable[[str, torch.Tensor, range], None],
 ) -> None:
-    """Run this process's examples; `see` is told a layer's name, what enters it (B, ..., in), and which examples."""
+    """Run this process's examples; `see` is told a layer's name, what enters it (B, ..., in), and which examples.
+
+    Of texts what enters at padding is left out, and `see` is told the rest of all examples together, (N, in).
+    """
     share = own_share(fabric, len(examples))
+    if isinstance(examples, Texts) and examples.pool.family == "seq2seq":
+        batch_size = 1  # two lengths of padding: none is less
     batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
-    batch = range(0)
+    batch, read = range(0), torch.ones(())
 
     def watch(name: str) -> Callable[..., None]:
-        return lambda layer, args: see(name, args[0].detach(), batch)
+        return lambda layer, args: see(name, _unpadded(args[0].detach(), read), batch)
 
     handles = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
     try:
         with torch.inference_mode():
             for batch in batches:
-                module(**_on(fabric, examples.batch(batch)[0]))
+                if isinstance(examples, Examples):
+                    module(**_on(fabric, examples.batch(batch)[0]))
+                elif inputs := _on(fabric, fed_texts(examples, batch)):
+                    read = inputs["attention_mask"].bool()
+                    module(**inputs)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def fed_texts(examples: Texts, positions: Sequence[int]) -> Inputs:
+    """Some texts as the module's inputs; nothing where all are empty. Labels are left where a decoder is fed them."""
+    rows = [row for row in examples.chosen(positions) if row]
+    if not rows:
+        return {}
+    inputs = examples.pool.feed([text for text, _ in rows] if examples.kind == "text_classification" else rows)
+    return {key: value for key, value in inputs.items() if key != "labels" or examples.pool.family == "seq2seq"}
+
+
+def _unpadded(entering: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+    """What enters a layer at tokens that are read, (N, in), of (B, L, in) or (B L, in); all where nothing is padded."""
+    if read.dim() != 2 or bool(read.all()):
+        return entering
+    if entering.shape[:2] == read.shape:
+        return entering[read]
+    return entering[read.flatten()] if entering.shape[:1] == (read.numel(),) else entering
 
 
 def fisher_diagonals(
@@ -188,104 +214,10 @@ STATISTICS = {
     "inputs": input_samples,
     "fisher": fisher_diagonals,
     "gradient": gradient_magnitudes,
+    "routed": routed_squares,
 }
+FROM_TEXTS = ("gram", "features", "routed")  # those that are collected from texts as well as from images
 AT_BASE = ("gradient",)  # those that are collected from the base, the others from each expert
-
-
-class Entropy:
-    """Mean entropy of the predictions on unlabelled inputs, summed over tasks; one batch of each task a call.
-
-    A call leaves the gradient in `.grad` of whatever needs one and gives back the loss.
-    """
-
-    def __init__(self, fabric: Fabric, tasks: Mapping[str, Examples], batch_size: int, seed: int) -> None:
-        self.fabric, self.tasks = fabric, tasks
-        self.heads = {task: examples.head.to(fabric.device) for task, examples in tasks.items()}
-        self.orders = {
-            task: endless(len(examples), min(batch_size, len(examples)), seed) for task, examples in tasks.items()
-        }
-
-    def __call__(self, forward: Callable[[Inputs], torch.Tensor]) -> float:
-        """Loss of the next batches under `forward`: inputs -> outputs (B, D)."""
-        parts: list[Inputs] = []
-        sizes: list[tuple[str, int, int]] = []  # task, rows here, rows on all devices
-        for task, examples in self.tasks.items():
-            positions = next(self.orders[task])
-            own = [positions[index] for index in own_share(self.fabric, len(positions))]
-            if own:
-                parts.append(examples.batch(own)[0])
-                sizes.append((task, len(own), len(positions)))
-        loss = torch.zeros((), device=self.fabric.device)
-        if parts:
-            joined = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-            outputs = forward(_on(self.fabric, joined)).split([rows for _, rows, _ in sizes])
-            for (task, _, rows), output in zip(sizes, outputs, strict=True):
-                logits = output @ self.heads[task].T
-                loss = loss - (torch.softmax(logits, 1) * torch.log_softmax(logits, 1)).sum() / rows
-            loss.backward()
-        return float(sum_over_devices(self.fabric, loss.detach()))
-
-
-LOSSES = {"entropy": Entropy}
-
-
-class CoefficientObjective:
-    """Loss of a rule's coefficients and its gradient, the merged weights built once a step from stacked task vectors.
-
-    The rule is linear in its coefficients, theta = base + sum_t c_t delta_t, so the gradient is the inner product of
-    the weights' gradient with each task vector: no graph through the merge, no expert as a module.
-    """
-
-    def __init__(
-        self,
-        fabric: Fabric,
-        module: nn.Module,
-        base: Mapping[str, torch.Tensor],
-        experts: Mapping[str, Mapping[str, torch.Tensor]],
-        group_of: Callable[[str], int],
-        loss: Entropy,
-    ) -> None:
-        self.fabric, self.module, self.loss, self.group_of = fabric, module, loss, group_of
-        self.base = {name: tensor.to(fabric.device, torch.float32) for name, tensor in base.items()}
-        self.deltas = {
-            name: torch.stack([expert[name].to(fabric.device, torch.float32) - tensor for expert in experts.values()])
-            for name, tensor in self.base.items()
-        }
-
-    def __call__(self, coefficients: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """Coefficients (groups, T) -> loss, gradient (groups, T)."""
-        own = coefficients.to(self.fabric.device)
-        merged = {
-            name: (base + add_up(self.deltas[name], own[self.group_of(name)])).requires_grad_()
-            for name, base in self.base.items()
-        }
-        loss = self.loss(lambda inputs: functional_call(self.module, merged, (), inputs))
-        gradient = torch.zeros_like(own)
-        for name, weight in merged.items():
-            if weight.grad is not None:
-                gradient[self.group_of(name)] += self.deltas[name].flatten(1) @ weight.grad.flatten()
-        return loss, sum_over_devices(self.fabric, gradient).cpu()
-
-
-def train(fabric: Fabric, module: nn.Module, loss: Entropy, lr: float, steps: int, report: Report) -> None:
-    """Train what a build left trainable, by Adam.
-
-    Raises:
-        FloatingPointError: The loss is no number; the message names the step.
-    """
-    weights = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(weights, lr=lr)
-    for step in range(steps):
-        optimizer.zero_grad()
-        value = loss(lambda inputs: module(**inputs))
-        if value != value:
-            raise FloatingPointError(f"the loss is not a number at step {step}; a smaller lr than {lr} may help")
-        if fabric.world_size > 1:
-            for weight in weights:
-                own = torch.zeros_like(weight) if weight.grad is None else weight.grad
-                weight.grad = sum_over_devices(fabric, own)
-        optimizer.step()
-        report(step, value, None)
 
 
 def _on(fabric: Fabric, inputs: Inputs) -> Inputs:

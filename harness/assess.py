@@ -7,20 +7,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.fabric import Fabric
 from torch import nn
 from tqdm import tqdm
 
-from harness import plots, report
+from harness import learning_plots, plots, report
 from harness.bench import Bench
 from harness.compress import by_task
 from harness.config import RunConfig
 from harness.evaluate import TaskScore, evaluate
+from harness.execute import sum_over_devices
 from harness.inputs import Inputs
 from harness.look import task_vector_cosines
 from harness.make import Made
 from harness.references import References, references
 from harness.track import Run
+from methods.mixtures import routing
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,13 @@ def _scored(config: RunConfig, bench: Bench, fabric: Fabric, tracked: Run, modul
     if not tasks:
         return []
     scores = []
+    routes: list[dict[str, Any]] = []
+    names = list(bench.pool.experts)
+    routing(module, names)  # what was asked before does not count
+
+    def total(counts: torch.Tensor) -> torch.Tensor:
+        return sum_over_devices(fabric, counts.to(fabric.device))
+
     chosen = by_task(module, tasks)
     with tracked.phase("evaluate"), _bar(fabric, sum(map(len, tasks.values())), "evaluating") as bar:
         for task, examples in tasks.items():
@@ -73,6 +83,11 @@ def _scored(config: RunConfig, bench: Bench, fabric: Fabric, tracked: Run, modul
                 for name, value in {found.metric: found.value, "loss": found.loss, **found.more}.items():
                     tracked.metric(f"{found.task}/{name}", value)
                 scores.append(found)
+            routes += [{"task": task, **row} for row in routing(module, names, total)]
+    if routes:
+        tracked.table(routes, "routing.json")
+        if config.evaluation.plots and fabric.is_global_zero:
+            tracked.figure(learning_plots.routing(routes, names, config.method_name), "plots/routing.png")
     return scores
 
 

@@ -26,6 +26,8 @@ from tasks.language import LanguageTask
 from tasks.open import Task, open_task
 from tasks.splits import TaskError
 
+HEADED = ("text_classification", "preference")  # kinds whose models have a head of their own
+
 
 class Bench:
     """Pool and tasks with everything that is made from them at most once."""
@@ -68,7 +70,7 @@ class Bench:
 
     def head_fingerprint(self, task: str) -> str | None:
         """Content hash of the head that is no part of a merge; None where there is no such head."""
-        heads = getattr(self.pool, "heads", {}) if self.tasks[task].kind == "text_classification" else {}
+        heads = getattr(self.pool, "heads", {}) if self.tasks[task].kind in HEADED else {}
         return heads[self.head_of(task)].fingerprint if heads else None
 
     def evaluation(
@@ -77,23 +79,30 @@ class Bench:
         """What a model is scored on, fed by the pool or another `reader`."""
         return {task: self.examples(task, settings.split, settings.limit, seed, reader) for task in self.tasks}
 
-    def adaptation(self, settings: AdaptationSettings, seed: int, tasks: Iterable[str]) -> dict[str, Examples]:
-        """What methods that look at data are fed.
+    def adaptation(
+        self, settings: AdaptationSettings, seed: int, tasks: Iterable[str], texts: bool = False
+    ) -> dict[str, Any]:
+        """What methods that look at data are fed, `Examples` or, where they take texts, `Texts`.
 
         Raises:
-            UserError: As `feeds`.
+            UserError: As `feeds`, or a task has no rows.
         """
-        names = self.feeds(tasks)
+        names = self.feeds(tasks, texts)
         found = {task: self.examples(task, settings.split, settings.examples, seed) for task in names}
-        return {task: examples for task, examples in found.items() if isinstance(examples, Examples)}
+        empty = [task for task, examples in found.items() if not len(examples)]
+        if empty:
+            raise UserError(f"the {settings.split} split of {', '.join(empty)} has no rows to learn from")
+        return dict(found)
 
-    def feeds(self, tasks: Iterable[str]) -> list[str]:
+    def feeds(self, tasks: Iterable[str], texts: bool = False) -> list[str]:
         """The tasks, all of which can feed methods that look at data.
 
         Raises:
-            UserError: Some have no images with classes, which is all that these methods are fed for now.
+            UserError: Some have no images with classes, which is all that methods are fed that take no texts.
         """
         names = list(tasks)
+        if texts:
+            return names
         unfit = [f"{name} ({self.tasks[name].kind})" for name in names if self.tasks[name].kind != Examples.kind]
         if unfit:
             raise UserError(
@@ -119,7 +128,7 @@ def open_bench(pool: PoolSettings, tasks: TasksSettings, resolve: Callable[[str]
     found = {}
     for name, task in tasks.tasks.items():
         try:
-            found[name] = open_task(name, root=tasks.root, **_columns(task))
+            found[name] = open_task(name, root=tasks.root, **opened_with(task))
         except TaskError as error:
             faults.append(str(error))
     asked = None
@@ -136,13 +145,16 @@ def _headless(bench: Bench) -> list[str]:
     return [
         f"task {name}: no expert is called so, and the base has no head of a classifier; give an expert of that name"
         for name, task in bench.tasks.items()
-        if task.kind == "text_classification" and bench.head_of(name) not in heads
+        if task.kind in HEADED and bench.head_of(name) not in heads
     ]
 
 
-def _columns(task: TaskSettings) -> dict[str, Any]:
+def opened_with(task: TaskSettings) -> dict[str, Any]:
     """What a task of its kind is opened with."""
-    images, texts = {"image", "templates"}, {"text", "prompt", "target", "max_new_tokens", "stop", "block"}
+    images, texts = (
+        {"image", "templates"},
+        {"text", "prompt", "target", "chosen", "rejected", "max_new_tokens", "stop", "block"},
+    )
     other = texts | {"kind"} if task.kind == "image_classification" else images
     given = {field.name: getattr(task, field.name) for field in dataclasses.fields(task) if field.name not in other}
     return {"kind": task.kind, **given}

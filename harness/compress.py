@@ -20,7 +20,7 @@ from harness.look import look_ahead
 from harness.merge import ready
 from harness.pieces import Job, cut, own_stream, pieces
 from methods.draws import drawer
-from methods.kinds import Kind, Piece, Roles, Row
+from methods.kinds import Kind, Piece, Roles, Row, resolve
 from methods.packing import position
 from pools.faults import Spec, recast
 
@@ -57,7 +57,10 @@ class Packed:
     def metrics(self) -> dict[str, float]:
         """How small it is: bytes, bits for each parameter of each expert, and how often it goes into the experts."""
         n = len(self.experts)
+        left, entries = self._entries
+        sparsity = {"prune/sparsity": 1 - left / max(1, entries)} if self.row.entries else {}
         return {
+            **sparsity,
             "compression/bytes": float(self.nbytes),
             "compression/bits_per_parameter": 8 * self.nbytes / max(1, n * self.n_parameters),
             "compression/ratio": n * self.expert_bytes / max(1, self.nbytes),
@@ -65,13 +68,26 @@ class Packed:
 
     def summary(self) -> list[tuple[str, str]]:
         """The same in words."""
-        found = self.metrics()
+        found, sparse = self.metrics(), []
+        if "prune/sparsity" in found:
+            share = found["prune/sparsity"]
+            sparse = [("sparsity", f"{share:.4f} of {self._entries[1]:,} entries of the sparse parts are zero")]
         return [
             ("experts", ", ".join(self.experts)),
+            *sparse,
             ("packed", f"{sized(self.nbytes)} besides the base"),
             ("bits per parameter", f"{found['compression/bits_per_parameter']:.3g} of each expert"),
             ("ratio", f"{found['compression/ratio']:.3g} times smaller than the experts"),
         ]
+
+    @functools.cached_property
+    def _entries(self) -> tuple[int, int]:
+        """Of sparse parts: entries that are not zero, and all."""
+        if not self.row.entries:
+            return 0, 0
+        count = resolve(self.row.entries)
+        found = [count({part: self.tensors[f"{name}/{part}"] for part in parts}) for name, parts in self.parts.items()]
+        return sum(left for left, _ in found), sum(entries for _, entries in found)
 
     @functools.cached_property
     def parts(self) -> dict[str, list[str]]:
@@ -252,7 +268,7 @@ def by_task(module: nn.Module, tasks: Iterable[str]) -> Callable[[str], nn.Modul
         UserError: Some tasks have no expert.
     """
     if not isinstance(module, Restored):
-        return lambda task: module
+        return getattr(module, "of", lambda task: module)  # a build may be another for each task
     refuse_strangers(module.packed.row, module.packed.experts, tasks)
     return module.of
 

@@ -21,7 +21,7 @@ KINDS = {  # family -> the kinds of task that its models can be scored on
     "clip": ("image_classification",),
     "causal_lm": ("perplexity", "exact_match"),
     "seq2seq": ("perplexity", "exact_match"),
-    "sequence_classification": ("text_classification",),
+    "sequence_classification": ("text_classification", "preference"),
     "state_dict": (),
 }
 DTYPES = ("float32", "bfloat16", "float16")
@@ -70,7 +70,7 @@ def closest(name: str, known: Iterable[str], spelled: Mapping[str, str] | None =
     return f"known are {', '.join(written)}" if known else "there is none"
 
 
-def _hold(*checks: tuple[Callable[..., None], *tuple[Any, ...]]) -> None:
+def hold(*checks: tuple[Callable[..., None], *tuple[Any, ...]]) -> None:
     """Run every check, a function and its arguments, and raise what they refuse together."""
     refused = []
     for check, *arguments in checks:
@@ -97,13 +97,14 @@ class PoolSettings:
     merge: list[str] = field(default_factory=lambda: ["*"])  # patterns of the tensors that are merged
     rest: str = "base"  # who gives the tensors that are not: base, or an expert's name
     slices: list[dict[str, Any]] | None = None  # layers stacked by ranges: docs/language.md
+    mixture: dict[str, Any] | None = None  # set by methods that make one mixture of experts of the pool's models
     tokenizer: str = "same"  # same: equal vocabularies or an error; base; union
     new_tokens: str = "owner"  # rows of tokens that a member lacks: owner, mean, base
     tokens: dict[str, str] = field(default_factory=dict)  # token -> rule or member's name, over `new_tokens`
     chat_template: str | None = None  # base, an expert's name or a file; None: the base's, an error where they differ
 
     def __post_init__(self) -> None:
-        _hold(
+        hold(
             (one_of, "family", self.family, FAMILIES),
             (_filled, "merge", self.merge),
             (one_of, "tokenizer", self.tokenizer, VOCABULARIES),
@@ -117,7 +118,7 @@ class TaskSettings:
 
     path: str
     splits: dict[str, str]  # of train, validation, test -> the split as `datasets` spells it
-    kind: str = "image_classification"  # or perplexity, exact_match, text_classification
+    kind: str = "image_classification"  # or perplexity, exact_match, text_classification, preference
     image: str = "image"  # column
     label: str = "label"  # column
     labels: list[str] | None = None  # class names, of images in prompts; None: the data set's own
@@ -125,6 +126,8 @@ class TaskSettings:
     text: str | None = "text"  # column, or a template of columns; None: the perplexity of targets that follow a prompt
     prompt: str = "prompt"  # column, or a template of columns
     target: str = "target"  # column, or a template of columns
+    chosen: str = "chosen"  # column, or a template of columns: of two texts the better one
+    rejected: str = "rejected"  # column, or a template of columns: the other
     max_new_tokens: int = 32  # of an answer
     stop: str | None = None  # what ends an answer; None: the model's own end of text
     block: int | None = None  # tokens seen at a time of all texts in a row; None: each text on its own
@@ -132,7 +135,7 @@ class TaskSettings:
     version: int = 1
 
     def __post_init__(self) -> None:
-        _hold(
+        hold(
             *((one_of, "splits", name, SPLITS) for name in self.splits),
             (one_of, "kind", self.kind, tuple(dict.fromkeys(kind for kinds in KINDS.values() for kind in kinds))),
             (_filled, "templates", self.templates),
@@ -157,7 +160,7 @@ class LmEvalSettings:
     apply_chat_template: bool = False
 
     def __post_init__(self) -> None:
-        _hold(
+        hold(
             (_distinct, "tasks", self.tasks),
             (at_least, "num_fewshot", 0 if self.num_fewshot is None else self.num_fewshot, 0),
             (at_least, "limit", 1 if self.limit is None else self.limit, 1),
@@ -183,7 +186,7 @@ class FabricSettings:
     precision: str
 
     def __post_init__(self) -> None:
-        _hold(
+        hold(
             (one_of, "accelerator", self.accelerator, ACCELERATORS),
             (_count_or_auto, "devices", self.devices),
             (one_of, "precision", self.precision, PRECISIONS),
@@ -200,7 +203,7 @@ class EngineSettings:
     resume: bool  # go on with what an interrupted merge into `output` has finished
 
     def __post_init__(self) -> None:
-        _hold(
+        hold(
             *(((one_of, "dtype", self.dtype, DTYPES),) if self.dtype is not None else ()),
             (_count_or_auto, "workers", self.workers),
             (at_least, "shard_bytes", self.shard_bytes, 1),
@@ -215,7 +218,7 @@ class AdapterSettings:
     energy: float | None  # instead of a rank: the share of each matrix's squared norm to keep, in (0, 1]
 
     def __post_init__(self) -> None:
-        _hold(
+        hold(
             (at_least, "rank", 1 if self.rank is None else self.rank, 1),
             (in_unit_interval, "energy", 1.0 if self.energy is None else self.energy),
         )
@@ -230,9 +233,10 @@ class EvaluationSettings:
     limit: int | None  # rows of each task; None: all
     references: bool  # compare with the base and with each task's own expert
     plots: bool
+    preference: list[float] | None = None  # of a `model` that trades tasks for each other; None: its own
 
     def __post_init__(self) -> None:
-        _hold(
+        hold(
             (one_of, "split", self.split, SPLITS),
             (at_least, "batch_size", self.batch_size, 1),
             (at_least, "limit", 1 if self.limit is None else self.limit, 1),
@@ -246,12 +250,18 @@ class AdaptationSettings:
     split: str
     examples: int  # of each task
     batch_size: int
+    checkpoint: str | None = None  # a directory in which learning is saved on the way
+    checkpoint_every: int = 100  # steps
+    resume: bool = False  # go on with what `checkpoint` holds
+    task_vectors: str = "auto"  # of searches: held in `memory`, or read from `files` at each step
 
     def __post_init__(self) -> None:
-        _hold(
+        hold(
             (one_of, "split", self.split, SPLITS),
+            (one_of, "task_vectors", self.task_vectors, ("auto", "memory", "files")),
             (at_least, "examples", self.examples, 1),
             (at_least, "batch_size", self.batch_size, 1),
+            (at_least, "checkpoint_every", self.checkpoint_every, 1),
         )
 
 
@@ -295,7 +305,7 @@ class RunConfig:
     schedules: dict[str, Any] = field(default_factory=dict)  # of `method`'s fields that differ by tensor; no key
 
     def __post_init__(self) -> None:
-        _hold(
+        hold(
             (_seed, "seed", self.seed),
             (_distinct, "experts", self.experts or []),
             (_distinct, "veneers", self.veneers),

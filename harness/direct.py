@@ -105,6 +105,8 @@ def as_adapter(config: RunConfig, job: Merge, place: Path, hands: Crew, tick: Ti
     """Merge LoRA experts into one adapter; returns what it came to, in words."""
     from harness.adapters import merge_adapters
 
+    if job.row.prunes:
+        raise UserError(f"{job.row.name} makes weights zero, which no adapter does: leave output_kind out")
     rank, energy = config.adapter.rank, config.adapter.energy
     facts = merge_adapters(job, place, rank=rank, energy=energy, lineage=lineage(config), crew=hands, tick=tick)
     return [
@@ -119,7 +121,7 @@ def as_adapter(config: RunConfig, job: Merge, place: Path, hands: Crew, tick: Ti
 def _opened(config: RunConfig) -> tuple[Pool, Merge]:
     """Pool and merge, all checked that headers tell."""
     row = find(config.method_name)
-    if row.kind in (Kind.search, Kind.build, Kind.informed):
+    if row.kind in (Kind.search, Kind.build) or row.stats:
         raise UserError(f"{row.name} is fed data: merge with `crucible run method={row.name}`, which has tasks")
     if row.learns and config.method.steps:
         raise UserError(f"{row.name} with method.steps is fed data: use `crucible run method={row.name}`, or steps=0")

@@ -2,72 +2,125 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.func import functional_call
-from torch.nn.functional import mse_loss
 
 from harness.compress import Expert, Packed
-from harness.examples import Examples, endless
+from harness.evaluate import IGNORED
+from harness.examples import Examples, Inputs, Texts
+from harness.learn import Course, learn, sum_gradients
+from harness.losses import Losses, parameters_of
 
 if TYPE_CHECKING:
+    from lightning.fabric import Fabric
+
     from pools.open import Pool
 
 
 def distilled(
-    packed: Packed,
-    pool: Pool,
-    fed: Mapping[str, Examples],
-    batch_size: int,
-    seed: int,
-    device: torch.device,
-    report: Callable[[int, float], None],
+    fabric: Fabric, packed: Packed, pool: Pool, fed: Mapping[str, Examples | Texts], batch_size: int, course: Course
 ) -> Packed:
-    """The same compressed experts, with the part that the row names learnt, each expert for itself.
+    """The same compressed experts, with the part that the row names learnt, one expert after the other.
 
     Args:
-        packed: What was packed; its parameters say how many `steps` of Adam and which `lr`.
+        fabric: Devices.
+        packed: What was packed.
         pool: The experts as they are.
-        fed: Unlabelled inputs of each expert's own task, with its head.
-        batch_size: Inputs of a step.
-        seed: Of their order.
-        device: Where the models run.
-        report: Told of each step and its loss.
+        fed: Inputs of each expert's own task; labels are not looked at.
+        batch_size: Inputs of a step, over all devices.
+        course: Of each expert; its checkpoints are kept apart, and steps are reported as those of one course.
 
     Raises:
         FloatingPointError: The loss is no number; the message names the step.
+        UserError: As `harness.learn.learn`.
     """
-    part, params = packed.row.learns, packed.params
     tensors = {name: packed.tensors[name] for name in packed.tensors}
     for index, name in enumerate(packed.experts):
-        assert pool.base is not None, "a compression needs a base"
-        expert = Expert(packed, pool.base, pool.roles, name)
-        teacher = pool.module(pool.experts[name]).to(device)
-        student = pool.module(expert).to(device)
-        head = fed[name].head.to(device)
-        order = endless(len(fed[name]), min(batch_size, len(fed[name])), seed)
-        learnt = {key: tensors[key][index].clone() for key in tensors if key.endswith(f"/{part}")}
-        optimizer = torch.optim.Adam([tensor.requires_grad_() for tensor in learnt.values()], lr=params.lr)
-        for step in range(params.steps):
-            inputs = {key: tensor.to(device) for key, tensor in fed[name].batch(next(order))[0].items()}
-            with torch.no_grad():
-                wanted = teacher(**inputs) @ head.T
-            weights = {
-                key.rpartition("/")[0]: expert.with_part(key.rpartition("/")[0], part, value).to(device)
-                for key, value in learnt.items()
-            }
-            loss = mse_loss(functional_call(student, weights, args=(), kwargs=inputs) @ head.T, wanted)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"the loss is not a number at step {step}; a smaller lr than {params.lr} may help"
-                )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            report(index * params.steps + step, float(loss.detach()))
-        for key, value in learnt.items():
-            tensors[key] = torch.stack([*tensors[key][:index], value.detach(), *tensors[key][index + 1 :]])
+        losses = Losses(fabric, {name: fed[name]}, batch_size, packed.seed, "own")
+        subject = Distilling(losses, packed, pool, name)
+        learn(fabric, subject, losses, _own(course, name, index))
+        for key, value in subject.learnt.items():
+            tensors[key] = tensors[key].clone()
+            tensors[key][index] = value.detach().to(tensors[key])
     return replace(packed, tensors=tensors)
+
+
+def _own(course: Course, expert: str, index: int) -> Course:
+    """The course of one expert."""
+    saved = course.saved
+    if saved is not None:
+        saved = replace(saved, directory=saved.directory / expert, facts={**saved.facts, "expert": expert})
+    return replace(
+        course,
+        name=f"{course.name} {expert}",
+        report=lambda step, loss, shown: course.report(index * course.steps + step, loss, shown),
+        saved=saved,
+    )
+
+
+class Distilling:
+    """A part of one packed expert, a subject of `harness.learn`: the mean square of what its logits lack is minimised.
+
+    Attributes:
+        learnt: "<tensor>/<part>" -> the part.
+    """
+
+    coefficients = None
+
+    def __init__(self, losses: Losses, packed: Packed, pool: Pool, name: str) -> None:
+        """Make the expert's module twice: as it is, and to be filled with what is restored."""
+        assert pool.base is not None, "a compression needs a base"
+        self._device, self._fabric = losses.fabric.device, losses.fabric
+        self._part, self._examples = packed.row.learns, losses.tasks[name]
+        self._expert = Expert(packed, pool.base, pool.roles, name)
+        index, ending = packed.experts.index(name), f"/{self._part}"
+        self.learnt = {
+            key: packed.tensors[key][index].to(self._device, copy=True).requires_grad_()
+            for key in packed.tensors
+            if key.endswith(ending)
+        }
+        self._names = {key: key.removesuffix(ending) for key in self.learnt}
+        self._teacher = self._worn(pool.module(pool.experts[name]))
+        self._student = self._worn(pool.module(self._expert))
+        self._paths = parameters_of(pool, self._student, list(self._names.values()))
+
+    def slope(self, step: int, losses: Losses) -> float:
+        """As `harness.learn.Subject` says."""
+        value = losses.backward(self._lacking)
+        sum_gradients(self._fabric, self.learnt)
+        return value
+
+    def settle(self) -> None:
+        """Nothing is bounded."""
+
+    def _lacking(self, task: str, inputs: Inputs) -> torch.Tensor:
+        """The mean square of the differences of the logits of each example, (B,)."""
+        with torch.no_grad():
+            wanted = self._logits(self._teacher(**inputs))
+        weights = {
+            self._paths[name]: self._expert.with_part(name, self._part, self.learnt[key]).to(self._device)
+            for key, name in self._names.items()
+        }
+        found = self._logits(functional_call(self._student, weights, args=(), kwargs=inputs))
+        squares = (found - wanted).square().mean(-1)  # (B,), of tokens (B, L)
+        if squares.dim() == 1:
+            return squares
+        counted = inputs["labels"].ne(IGNORED) if "labels" in inputs else inputs["attention_mask"].bool()
+        return (squares * counted).sum(1) / counted.sum(1).clamp(min=1)
+
+    def _logits(self, output: Any) -> torch.Tensor:
+        """Of images by the task's head, (B, K); of texts (B, K), or (B, L, V) where tokens are predicted."""
+        return (
+            output @ self._examples.head.to(self._device).T if isinstance(self._examples, Examples) else output.logits
+        )
+
+    def _worn(self, module: Any) -> Any:
+        """The module on its device, a classifier with the head of its task."""
+        own = self._examples
+        if isinstance(own, Texts) and own.expert in getattr(own.heads or own.pool, "heads", {}):
+            module = (own.heads or own.pool).with_head(module, own.expert)
+        return module.to(self._device).requires_grad_(False)

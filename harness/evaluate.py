@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, logsigmoid
 
 from harness.examples import Examples, Inputs, Texts
 from harness.execute import own_share, sum_over_devices
@@ -107,6 +107,44 @@ def _classes(fabric: Fabric, module: Any, task: str, examples: Texts, batch_size
     return _accuracy(fabric, task, sums, len(examples))
 
 
+def _preferences(
+    fabric: Fabric, module: nn.Module, task: str, examples: Texts, batch_size: int, tick: Tick
+) -> TaskScore:
+    """Share of pairs whose better text has the higher reward; the loss is Bradley and Terry's.
+
+    Raises:
+        TaskError: The head gives more than one number.
+    """
+    module = (examples.heads or examples.pool).with_head(module, examples.expert).to(fabric.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=fabric.device)  # right, nats
+    for rows in examples.batches(own_share(fabric, len(examples)), batch_size):
+        with fabric.autocast():
+            margins = reward_margins(module, task, _on(fabric, preference_inputs(examples.pool, rows)))
+        sums += torch.stack([(margins > 0).sum().double(), -logsigmoid(margins.float()).double().sum()])
+        tick(len(rows))
+    return _accuracy(fabric, task, sums, len(examples))
+
+
+def preference_inputs(pool: Any, rows: Sequence[tuple[str, str]]) -> Inputs:
+    """Pairs of texts as inputs: the better ones, then the others, (2 B, L)."""
+    return pool.feed([*(chosen for chosen, _ in rows), *(rejected for _, rejected in rows)])
+
+
+def reward_margins(module: Any, task: str, inputs: Inputs) -> torch.Tensor:
+    """By how much the better texts' rewards are higher, (B,).
+
+    Raises:
+        TaskError: The head gives more than one number.
+    """
+    rewards = module(**inputs).logits  # (2 B, 1)
+    if rewards.shape[1] != 1:
+        raise TaskError(
+            f"task {task} wants one number of a text, its reward; the model's head gives {rewards.shape[1]}"
+        )
+    chosen, rejected = rewards[:, 0].chunk(2)
+    return chosen - rejected
+
+
 def _perplexity(fabric: Fabric, module: Any, task: str, examples: Texts, batch_size: int, tick: Tick) -> TaskScore:
     """Perplexity over all tokens of the split that have a token before them, and bits per byte.
 
@@ -152,6 +190,7 @@ def _exact_match(fabric: Fabric, module: Any, task: str, examples: Texts, batch_
 _SCORERS: dict[str, Callable[..., TaskScore]] = {
     "image_classification": _images,
     "text_classification": _classes,
+    "preference": _preferences,
     "perplexity": _perplexity,
     "exact_match": _exact_match,
 }

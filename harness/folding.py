@@ -68,5 +68,5 @@ def folded(sink: Sink, job: Merge, tick: Tick) -> Done:
         sum(part.bytes_written for part in done),
         math.fsum(part.error for part in done),
         math.fsum(part.square for part in done),
-        {"prepare": 0.0, "merge": time.perf_counter() - started},
+        seconds={"prepare": 0.0, "merge": time.perf_counter() - started},
     )

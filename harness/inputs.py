@@ -45,7 +45,8 @@ class Inputs:
 
     def place(self, name: str) -> Place:
         """Where a tensor stands."""
-        return Place(self.roles.layer_of(name), self.roles.n_layers, self.roles.is_linear(name), name)
+        roles = self.roles
+        return Place(roles.layer_of(name), roles.n_layers, roles.is_linear(name), name, roles.is_transposed(name))
 
     def stats_of(self, name: str) -> torch.Tensor | None:
         """Statistics of all experts for a tensor, (T, ...) float32; found by its name or its module's."""

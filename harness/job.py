@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from harness.inputs import Inputs
+from harness.sparsity import UNCOUNTED, Zeros
 from harness.veneers import Dress, Worn, undressed
 from methods.kinds import Base, Row
 from pools.faults import Spec, recast, specs_of
@@ -82,6 +83,7 @@ class Done:
     bytes_written: int = 0
     error: float = 0.0  # sum of squared differences that rounding to the output's dtype has made
     square: float = 0.0  # sum of squares of the merged weights
+    zeros: Zeros = UNCOUNTED  # of a method that prunes
     seconds: Mapping[str, float] | None = None  # by phase: prepare, merge
 
     @property
@@ -100,6 +102,7 @@ class Done:
             ("time", phases),
             ("rate", f"{sized(rate)}/s"),
             ("rounding error", f"{self.rounding_error:.2e}, relative"),
+            *self.zeros.summary(),
         ]
 
 

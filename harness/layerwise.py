@@ -14,7 +14,8 @@ from torch import nn
 
 from harness.inputs import MergeError, Tensors
 from harness.job import Merge
-from harness.merge import merge
+from harness.merge import merge, selected
+from harness.sparsity import prunes, refuse_unprunable
 from methods.catalogue import find
 
 Named = Callable[[str], bool]
@@ -30,17 +31,26 @@ def merged_by_layers(job: Merge, module: nn.Module, collect: Collect) -> Merge:
         collect: The statistics of an expert's linear layers, taken from the module as it stands.
 
     Raises:
-        MergeError: A veneer needs to look at the whole model first, or the merge fails on a tensor.
+        MergeError: A veneer needs to look at the whole model first, the module has other tensors than its file, or the
+            merge fails on a tensor.
     """
     looking = [worn.veneer.name for worn in job.veneers if worn.veneer.prepare]
     if looking:
         raise MergeError(
             f"{job.row.name} merges block by block; {', '.join(looking)} looks at the whole model first: leave it out"
         )
+    job = replace(job, inputs=selected(job.row, job.params, job.inputs))
+    refuse_unprunable(job.row, job.inputs, job.of)
     blocks: dict[int, list[str]] = {}
     for name in job.inputs.specs:
         blocks.setdefault(job.inputs.roles.layer_of(name), []).append(name)
     own = module.state_dict()
+    lacking = [name for name in job.inputs.specs if name not in own]
+    if lacking:
+        raise MergeError(
+            f"{job.row.name} merges block by block in a module, and this {type(module).__name__} keeps {lacking[0]} "
+            f"(and {len(lacking) - 1} more) in tensors of other names; experts of mixtures are pruned by moe_pruner"
+        )
     merged: dict[str, torch.Tensor] = {}
     for depth in sorted(blocks):
         done = merge(_block(job, blocks[depth], own, collect))
@@ -48,13 +58,15 @@ def merged_by_layers(job: Merge, module: nn.Module, collect: Collect) -> Merge:
         merged |= done
     member = {name: merged[name] for name in job.inputs.specs}
     tells_dtypes = job.inputs.base if job.inputs.base is not None else next(iter(job.inputs.experts.values()))
-    row = replace(find("expert"), name=job.row.name, params=job.row.params, members="")
+    row = replace(find("expert"), name=job.row.name, params=job.row.params, members="", prunes=job.row.prunes)
     return Merge(row, job.params, replace(job.inputs, base=tells_dtypes, experts={"merged": member}), job.params_of)
 
 
 def _block(job: Merge, names: list[str], own: Mapping[str, torch.Tensor], collect: Collect) -> Merge:
     """The merge of some tensors, read once, with each expert's statistics."""
     inputs, wanted = job.inputs, frozenset(filter(job.inputs.roles.is_linear, names))
+    if job.row.prunes:
+        wanted = frozenset(name for name in names if prunes(job.row, inputs, name, job.of(name)))
     experts = {expert: {name: tensors[name] for name in names} for expert, tensors in inputs.experts.items()}
     base = None if inputs.base is None else {name: inputs.base[name] for name in names}
     stats: dict[str, Tensors] = {}
@@ -62,7 +74,9 @@ def _block(job: Merge, names: list[str], own: Mapping[str, torch.Tensor], collec
         if wanted:
             _fill(own, tensors)
         stats[expert] = collect(expert, wanted.__contains__) if wanted else {}
-    return replace(job, inputs=replace(inputs, base=base, experts=experts, stats=stats, dtype=torch.float32))
+    row = replace(job.row, prunes="")  # counted once, of what comes out; and not every block has a layer to prune
+    inputs = replace(inputs, base=base, experts=experts, stats=stats, dtype=torch.float32)
+    return replace(job, row=row, inputs=inputs)
 
 
 @torch.no_grad()

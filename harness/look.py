@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from harness.inputs import Inputs
 from harness.job import Merge, Tick
 from harness.pieces import Job, cut, own_stream, pieces
 from methods.catalogue import find
-from methods.kinds import Piece, resolve
+from methods.kinds import Piece, Pieces, resolve
 from methods.similarity import cosine_similarities
 
 
@@ -63,5 +64,10 @@ def numbers_of(job: Merge, task: Job, params: Any) -> torch.Tensor | None:
 
 def task_vector_cosines(inputs: Inputs, crew: Crew = ALONE) -> torch.Tensor:
     """Cosine similarity of each pair of task vectors over all weights, (T, T) float64."""
-    job = Merge(find("task_arithmetic"), None, inputs)
-    return cosine_similarities(functools.partial(walk_over, job, crew, lambda phase, n: None))
+    return cosine_similarities(task_vectors(inputs, crew))
+
+
+def task_vectors(inputs: Inputs, crew: Crew = ALONE, whole: bool = False) -> Pieces:
+    """A walk over all weights for what only looks at them: in chunks, or with `whole` one tensor at a time."""
+    job = Merge(replace(find("task_arithmetic"), elementwise=not whole), None, inputs)
+    return functools.partial(walk_over, job, crew, lambda phase, n: None)

@@ -24,6 +24,7 @@ from harness.inputs import Inputs, MergeError, Tensors, check
 from harness.job import Done, Memory, Merge, Sink, Tick
 from harness.look import is_per_tensor, look_ahead, numbers_of, walk_over
 from harness.pieces import Job, cut, own_stream, pieces
+from harness.sparsity import UNCOUNTED, count_zeros, prunes, refuse_unprunable, total
 from harness.stacking import restacked
 from harness.veneers import Worn, dresser, faults, veneered
 from methods.catalogue import VENEERS, find
@@ -75,6 +76,8 @@ def merge_state_dicts(
     around = _veneers(row, veneers or {})
     if row.ranges:
         base, experts = None, restacked(row, made, experts)
+    if row.mixture:
+        raise MergeError(f"{row.name} changes configuration and names besides: `crucible merge method={row.name}`")
     if roles is None:
         roles = NamedRoles(specs_of(base if base is not None else next(iter(experts.values()), {})))
     return merge(Merge(row, made, Inputs(base, experts, roles, stats, seed), veneers=around))
@@ -95,8 +98,9 @@ def ready(job: Merge) -> Merge:
         MergeError: All that is wrong, a line each; no weight was read.
     """
     row = veneered(job.row, job.veneers)
-    job = replace(job, row=row, inputs=_selected(row, job.params, job.inputs))
+    job = replace(job, row=row, inputs=selected(row, job.params, job.inputs))
     check(job.row, job.inputs)
+    refuse_unprunable(job.row, job.inputs, job.of)
     if job.row.kind is not Kind.fold:
         rehearse(job)
     return job
@@ -144,6 +148,7 @@ def merge_into(
         sum(part.bytes_written for part in parts),
         math.fsum(part.error for part in parts),
         math.fsum(part.square for part in parts),
+        total(part.zeros for part in parts),
         {"prepare": prepared - started, "merge": time.perf_counter() - prepared},
     )
 
@@ -166,7 +171,7 @@ def _make_params(row: Row | Veneer, given: Mapping[str, Any]) -> Any:
     return cls(**given)
 
 
-def _selected(row: Row, params: Any, inputs: Inputs) -> Inputs:
+def selected(row: Row, params: Any, inputs: Inputs) -> Inputs:
     """Only the experts that the method reads, in their order; statistics in the same order."""
     names = tuple(inputs.experts)
     if row.members:
@@ -204,6 +209,7 @@ def _work(job: Merge, numbers: torch.Tensor | None, sink: Sink, task: Job) -> Do
     try:
         with own_stream(job.inputs.device), torch.no_grad():
             params = job.of(name)
+            pruned = bool(job.row.prunes) and prunes(job.row, job.inputs, name, params)
             if is_per_tensor(job):
                 numbers = numbers_of(job, task, params)
             start, found = task.start, []
@@ -213,7 +219,8 @@ def _work(job: Merge, numbers: torch.Tensor | None, sink: Sink, task: Job) -> Do
                 part, error, square = rounded(result, job, piece, spec)
                 sink.put_part(name, start, part)
                 start += len(part)
-                found.append(Done(0, part.nbytes, error, square))
+                zeros = count_zeros(part, pruned) if job.row.prunes else UNCOUNTED
+                found.append(Done(0, part.nbytes, error, square, zeros))
     except (RuntimeError, ValueError) as error:
         if isinstance(error, MergeError | CheckpointError):
             raise
@@ -223,4 +230,5 @@ def _work(job: Merge, numbers: torch.Tensor | None, sink: Sink, task: Job) -> Do
         sum(part.bytes_written for part in found),
         math.fsum(part.error for part in found),
         math.fsum(part.square for part in found),
+        total(part.zeros for part in found),
     )

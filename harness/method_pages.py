@@ -139,6 +139,7 @@ def entry(member: Row | Veneer, figure: Mapping[str, Any] | None = None) -> str:
     own = "" if member.paper in source or not member.paper.startswith("arXiv") else f" This one: {member.paper}."
     lines += [f"- **Source**: {_linked(source + own)}"]
     lines += [f"- **Differs**: {told.sections.get('Differs', '-')}", f"- **Needs**: {_needs(member)}"]
+    lines += [f"- **Fed**: {_fed(member)}"] if isinstance(member, Row) and (member.data or member.learns) else []
     lines += [f"- **Cost**: {told.sections['Cost']}"] if "Cost" in told.sections else []
     lines += [f"{FIGURE} {_figure(figure)}"] if figure else []
     found = parameters(member.load_params())
@@ -170,6 +171,15 @@ def _needs(member: Row | Veneer) -> str:
         ]
     parts.append("chunk by chunk" if member.elementwise else "one whole tensor at a time")
     return "; ".join(part for part in parts if part)
+
+
+def _fed(row: Row) -> str:
+    """What data a method looks at, of which split, and when."""
+    least = f", at least {row.fewest} of each" if row.fewest > 1 else ""
+    return (
+        f"{row.data or 'unlabelled inputs, with steps above 0'}, of each expert's own task{least}, from "
+        "`adaptation.split`, which is never test unless you say so: the run is then tagged `transductive`"
+    )
 
 
 def _figure(row: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from harness.inputs import MergeError, Tensors
 from harness.job import Done, Merge, Tick
 from harness.merge import merge_into
 from harness.provenance import version
+from harness.sparsity import Zeros
 from pools.partial import Journal, finished_files, partial_directory
 from pools.write import Layout, Shards, write_around, write_beside
 
@@ -133,13 +134,14 @@ def _hint(journal: Journal, n_files: int) -> Iterator[None]:
 def merge_key(job: Merge, layout: Layout, shard_bytes: int) -> str | None:
     """What two merges share that write the same bytes: inputs as they are on the disk, parameters, layout, version.
 
-    None where statistics are used, or a member is not on the disk: nobody could tell whether they have changed.
+    None where statistics are used, or a member is not on the disk: nobody could tell whether they have changed. None
+    also where the method prunes: zeros of what was finished before would not be counted.
     """
     inputs = job.inputs
     members: list[tuple[str | None, Tensors]] = [(None, inputs.base)] if inputs.base is not None else []
     members += [*inputs.experts.items()] + ([("around", layout.around)] if layout.around else [])
     stamps = [(name, getattr(tensors, "stamp", None)) for name, tensors in members]  # the order of experts may count
-    if inputs.stats is not None or any(stamp is None for _, stamp in stamps):
+    if inputs.stats is not None or job.row.prunes or any(stamp is None for _, stamp in stamps):
         return None
     facts = {
         "version": [version("crucible"), version("torch")],
@@ -180,8 +182,13 @@ def _merge_part(shards: Shards, job: Merge, crew: Crew, tick: Tick, team: Team) 
 
 def _together(done: Done, team: Team) -> Done:
     """What all processes came to."""
-    read, written, error, square = team.add([done.bytes_read, done.bytes_written, done.error, done.square])
-    return dataclasses.replace(done, bytes_read=int(read), bytes_written=int(written), error=error, square=square)
+    read, written, error, square, *counts = team.add(
+        [done.bytes_read, done.bytes_written, done.error, done.square, *dataclasses.astuple(done.zeros)]
+    )
+    zeros = Zeros(*map(int, counts))
+    return dataclasses.replace(
+        done, bytes_read=int(read), bytes_written=int(written), error=error, square=square, zeros=zeros
+    )
 
 
 @contextmanager

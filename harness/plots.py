@@ -24,15 +24,17 @@ MOST_ANNOTATED = 10  # tasks up to which a bar has room for its number
 MOST_CELLS = 220  # cells up to which a heat map has room for its numbers
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """A white figure, in inches."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     cast(ConstrainedLayoutEngine, figure.get_layout_engine()).set(w_pad=0.12, h_pad=0.08)  # inches
     FigureCanvasAgg(figure)
     return figure
 
 
-def _axes(figure: Figure, **how: Any) -> Axes:
-    axes = figure.add_subplot(**how)
+def new_axes(figure: Figure, *where: int, **how: Any) -> Axes:
+    """Axes without the box around them."""
+    axes = figure.add_subplot(*where, **how)
     axes.tick_params(colors=INK, labelsize=10)
     for side in ("top", "right"):
         if side in axes.spines:
@@ -79,8 +81,8 @@ def bars(results: Sequence[Mapping[str, Any]], what: str = "accuracy") -> Figure
     """
     series = _known(results)
     n = len(results)
-    figure = _figure(min(max(7.0, 1.6 + 1.05 * n), 16.0), 5.0)
-    axes = _axes(figure)
+    figure = new_figure(min(max(7.0, 1.6 + 1.05 * n), 16.0), 5.0)
+    axes = new_axes(figure)
     width = 0.84 / len(series)
     for index, (key, label, colour) in enumerate(series):
         heights = _percents(results, key)
@@ -128,8 +130,8 @@ def radar(results: Sequence[Mapping[str, Any]], what: str = "accuracy") -> Figur
     if len(results) < 3:
         return bars(results, what)
     size = 7.0 if len(results) <= MOST_ANNOTATED else 8.6
-    figure = _figure(size, 0.94 * size)
-    axes = cast(PolarAxes, _axes(figure, projection="polar"))
+    figure = new_figure(size, 0.94 * size)
+    axes = cast(PolarAxes, new_axes(figure, projection="polar"))
     angles = [2 * math.pi * index / len(results) for index in range(len(results))]
     styles = {"base": ":", "expert": "--", "value": "-"}
     for key, label, colour in _known(results):
@@ -162,13 +164,17 @@ def coefficients(values: Mapping[str, Iterable[float]], experts: Sequence[str]) 
         experts: Names of the experts, in the order of the coefficients.
     """
     table = [[float(value) for value in row] for row in values.values()]
-    flat = [value for row in table for value in row]
-    norm: Normalize = Normalize(min(0.0, *flat), max([*flat, 1e-12]))
-    colours = "viridis"
+    norm, colours = shades(table)
+    return heat_map(table, experts, _shorn(list(values)), norm, colours, "merging coefficient", None, None)
+
+
+def shades(table: Sequence[Sequence[float]]) -> tuple[Normalize, str]:
+    """From numbers to colours: one hue from 0 up, two where some are below 0; and the colour map's name."""
+    flat = [value for row in table for value in row if not math.isnan(value)]
     if min(flat) < 0:
         most = max(map(abs, flat))
-        norm, colours = TwoSlopeNorm(0, -most, most), "RdBu_r"
-    return _heat_map(table, experts, _shorn(list(values)), norm, colours, "merging coefficient", None, None)
+        return TwoSlopeNorm(0, -most, most), "RdBu_r"
+    return Normalize(0.0, max([*flat, 1e-12])), "viridis"
 
 
 def _shorn(names: list[str]) -> list[str]:
@@ -185,10 +191,10 @@ def similarity(cosines: Sequence[Sequence[float]], experts: Sequence[str]) -> Fi
     most = max(others, default=1.0) or 1.0
     table = [[math.nan if i == j else float(value) for j, value in enumerate(row)] for i, row in enumerate(cosines)]
     norm = TwoSlopeNorm(0, -most, most)
-    return _heat_map(table, experts, experts, norm, "RdBu_r", "cosine similarity of task vectors", None, 1.0)
+    return heat_map(table, experts, experts, norm, "RdBu_r", "cosine similarity of task vectors", None, 1.0)
 
 
-def _heat_map(
+def heat_map(
     table: Sequence[Sequence[float]],
     columns: Sequence[str],
     rows: Sequence[str],
@@ -198,9 +204,21 @@ def _heat_map(
     across: str | None,
     aspect: float | None,
 ) -> Figure:
+    """Cells in colours, with their numbers where there is room.
+
+    Args:
+        table: Rows of cells; NaN is left grey.
+        columns: Names across.
+        rows: Names down.
+        norm: From numbers to shades.
+        colours: A colour map's name.
+        meaning: What the numbers are.
+        across: Title of the columns.
+        aspect: Of a cell; None: as wide as fits.
+    """
     tall = 0.46 if len(rows) <= 20 else 0.2
-    figure = _figure(max(6.5, 2.6 + 0.75 * len(columns)), max(3.2, 1.8 + tall * len(rows)))
-    axes = _axes(figure)
+    figure = new_figure(max(6.5, 2.6 + 0.75 * len(columns)), max(3.2, 1.8 + tall * len(rows)))
+    axes = new_axes(figure)
     if len(rows) > 20:
         axes.tick_params(axis="y", labelsize=7)
     shades = colormaps[colours].with_extremes(bad="#F0F0F0")
@@ -244,8 +262,8 @@ def ranking(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
         rows: Each with method, mean, low and high; low and high may be None.
         metric: What the numbers are, such as `average/accuracy`.
     """
-    figure = _figure(7.5, 1.2 + 0.26 * len(rows))
-    axes = _axes(figure)
+    figure = new_figure(7.5, 1.2 + 0.26 * len(rows))
+    axes = new_axes(figure)
     factor = 100 if metric.rpartition("/")[2] in (*SHARES, "normalized") else 1
     means = [factor * row["mean"] for row in rows]
     low, high = ([factor * (row["mean"] if row[end] is None else row[end]) for row in rows] for end in ("low", "high"))
@@ -260,27 +278,5 @@ def ranking(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
     axes.invert_yaxis()
     axes.set_xlabel(metric.replace("/", " ") + (" in %" if factor == 100 else "") + ", 95 % interval")
     axes.grid(axis="x", color=GRID)
-    axes.set_axisbelow(True)
-    return figure
-
-
-def learning_curve(losses: Sequence[float], smooth: int = 0) -> Figure:
-    """The loss of an adaptation by step, and its running mean.
-
-    Args:
-        losses: One for each step.
-        smooth: Steps of the running mean; 0 chooses a twentieth of all steps.
-    """
-    figure = _figure(7.5, 4.2)
-    axes = _axes(figure)
-    steps = range(1, len(losses) + 1)
-    window = smooth or max(1, len(losses) // 20)
-    axes.plot(steps, losses, color=MERGED, alpha=0.35 if window > 1 else 1.0, linewidth=1.4, label="each step")
-    if window > 1:
-        means = [sum(losses[max(0, end - window) : end]) / min(end, window) for end in steps]
-        axes.plot(steps, means, color=MERGED, linewidth=2.2, label=f"mean of {window} steps")
-        axes.legend(frameon=False, fontsize=10)
-    axes.set(xlabel="step", ylabel="loss in nats")
-    axes.grid(color=GRID)
     axes.set_axisbelow(True)
     return figure

@@ -11,7 +11,6 @@ import torch
 from lightning.fabric import Fabric
 from torch import nn
 
-from harness import plots
 from harness.assess import Outcome, assess
 from harness.bench import Bench, open_bench
 from harness.compose import flat, to_yaml
@@ -20,8 +19,9 @@ from harness.direct import params_by_name
 from harness.execute import describe, launch, together
 from harness.inputs import MergeError
 from harness.keep import Keeper, keep, members, refuse_taken
+from harness.learning_plots import learning_curve
 from harness.make import Job, Made, make
-from harness.rebuild import open_directory
+from harness.rebuild import open_directory, prefer
 from harness.stacking import stacked
 from harness.track import DataInput, Run, local_path, open_run
 from harness.veneers import asked
@@ -47,7 +47,7 @@ def run(config: RunConfig, parent: str | None = None) -> Outcome:
         with tracked.phase("open"):
             refuse_taken(config.output)
             bench = open_bench(stacked(config), config.tasks, local_path)
-            _record_inputs(tracked, bench, config)
+            record_inputs(tracked, bench, config)
         with tracked.phase("prepare"):
             made = _made(config, row, bench, fabric, tracked)
         module = keep(made, Keeper(config, bench, tracked, fabric), row.kind.value)
@@ -66,7 +66,7 @@ def score_model(config: RunConfig) -> Outcome:
     with together(fabric), _tracked(config, row, fabric) as tracked:
         with tracked.phase("open"):
             bench = open_bench(config.pool, config.tasks, local_path)
-            _record_inputs(tracked, bench, config)
+            record_inputs(tracked, bench, config)
             tracked.lineage(members(bench.pool))
             module = _opened(config, bench)
         return assess(config, bench, fabric, tracked, module, None)
@@ -79,6 +79,10 @@ def _opened(config: RunConfig, bench: Bench) -> nn.Module:
     if not directory.is_dir():
         raise UserError(f"model={place}: there is no such directory; a path, models:/... and runs:/... are taken")
     module, own = open_directory(directory, bench.pool.family, config.pool.trust_remote_code)
+    try:
+        prefer(module, config.evaluation.preference)
+    except ValueError as error:
+        raise UserError(f"evaluation.preference={config.evaluation.preference}: {error}") from error
     if bench.pool.family != "clip":
         bench.reader = own  # its vocabulary may be another than the pool's
     return module
@@ -96,7 +100,7 @@ def _tracked(config: RunConfig, row: Row, fabric: Fabric, parent: str | None = N
         "device": describe(fabric),
         **config.tracking.tags,
     }
-    if (row.data or row.stats or (row.learns and config.method.steps)) and config.adaptation.split == "test":
+    if row.is_fed(config.method) and config.adaptation.split == "test":
         tags["transductive"] = "true"
     with (
         open_run(
@@ -108,13 +112,13 @@ def _tracked(config: RunConfig, row: Row, fabric: Fabric, parent: str | None = N
             active=fabric.is_global_zero,
             parent=parent,
         ) as tracked,
-        _refusals(),
+        refusals(),
     ):
         yield tracked
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
+def refusals() -> Iterator[None]:
     """What pool, tasks and engine refuse is for the user to put right: the message alone reaches the terminal."""
     try:
         yield
@@ -142,7 +146,7 @@ def _name(config: RunConfig) -> str:
     return " ".join(words) + (f" seed {config.seed}" if find(config.method_name).random else "")
 
 
-def _record_inputs(tracked: Run, bench: Bench, config: RunConfig) -> None:
+def record_inputs(tracked: Run, bench: Bench, config: RunConfig) -> None:
     """Data sets as the run's inputs."""
     split = config.evaluation.split
     tracked.inputs(
@@ -158,18 +162,22 @@ def _made(config: RunConfig, row: Row, bench: Bench, fabric: Fabric, tracked: Ru
     def stepped(step: int, loss: float, coefficients: torch.Tensor | None) -> None:
         tracked.metric("adaptation/loss", loss, step)
         if coefficients is not None:
-            for name, value in zip(names, coefficients.mean(0).tolist(), strict=True):
+            courses.append(coefficients.mean(0).tolist())
+            for name, value in zip(names, courses[-1], strict=True):
                 tracked.metric(f"coefficient/{name}", value, step)
         losses.append(loss)
 
     losses: list[float] = []
+    courses: list[list[float]] = []
     dtype = getattr(torch, config.engine.dtype) if config.engine.dtype else None
     own = params_by_name(config, bench.pool)
     made = make(
         Job(row, config.method, bench, fabric, config.adaptation, config.seed, stepped, dtype, own, asked(config))
     )
     if losses and config.evaluation.plots and fabric.is_global_zero:
-        tracked.figure(plots.learning_curve(losses), "plots/adaptation_loss.png")
+        unit = "loss in nats" if getattr(config.method, "loss", row.loss) in ("entropy", "labels") else "loss"
+        drawn = learning_curve(losses, config.method_name, unit, courses, names, row.whole)
+        tracked.figure(drawn, "plots/adaptation_loss.png")
     if made.coefficients is not None:
         rows = [
             {"group": group, **dict(zip(names, values.tolist(), strict=True))}

@@ -181,7 +181,12 @@ def narrow(tree: dict[str, Any]) -> list[str]:
 
 def unfit(config: RunConfig, row: Row) -> list[str]:
     """What does not go together between the sections of a configuration."""
-    return [*_unfit_experts(config, row), *_unfit_splits(config, row)]
+    return [
+        *_unfit_experts(config, row),
+        *_unfit_splits(config, row),
+        *_unfit_learning(config, row),
+        *_unfit_preference(config),
+    ]
 
 
 def _unfit_experts(config: RunConfig, row: Row) -> list[str]:
@@ -207,7 +212,8 @@ def _unfit_experts(config: RunConfig, row: Row) -> list[str]:
     if row.base is Base.needed and config.pool.base is None:
         faults.append(f"{row.name} needs a base model, {where} has none; pool.base=PATH names one")
     for name, value in vars(config.method).items():
-        if isinstance(value, list) and len(value) != len(names) and not row.ranges:  # those list layers
+        texts = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if isinstance(value, list) and not texts and len(value) != len(names) and not row.ranges:  # those list layers
             faults.append(f"method.{name} lists {len(value)} numbers for {len(names)} experts; give one for each")
     return faults
 
@@ -218,9 +224,29 @@ def _merged_experts(config: RunConfig) -> tuple[str, ...]:
     return tuple(map(str, first)) if isinstance(first, dict) else tuple(config.pool.experts)
 
 
+def _unfit_preference(config: RunConfig) -> list[str]:
+    """A preference of a model that is not there."""
+    if config.evaluation.preference is None or config.model is not None:
+        return []
+    return [
+        "evaluation.preference is of a model that was made before (model=DIR); method.preference is of one to be made"
+    ]
+
+
+def _unfit_learning(config: RunConfig, row: Row) -> list[str]:
+    """What is of learning where nothing is learnt, and a precision that gradients have no range in."""
+    learns = row.loss or (row.learns and config.method.steps)
+    if not learns and config.adaptation.checkpoint is not None:
+        return [f"adaptation.checkpoint is where learning is saved, and {row.name} does not learn step by step"]
+    if learns and config.fabric.precision == "16-mixed":
+        return [f"fabric.precision=16-mixed: {row.name} learns, and gradients would vanish; use bf16-mixed or 32-true"]
+    return []
+
+
 def _unfit_splits(config: RunConfig, row: Row) -> list[str]:
     """The splits that are read against those that the tasks have."""
-    wanted = {"evaluation": config.evaluation.split} | ({"adaptation": config.adaptation.split} if row.data else {})
+    wanted = {"evaluation": config.evaluation.split}
+    wanted |= {"adaptation": config.adaptation.split} if row.is_fed(config.method) else {}
     return [
         f"{section}.split={split}: task {name} has no such split; it has {', '.join(task.splits)}"
         for section, split in wanted.items()

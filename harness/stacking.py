@@ -1,4 +1,4 @@
-"""What a method that stacks layers asks of the pool: its slices, from the method's parameters."""
+"""What a method that stacks layers, or models side by side, asks of the pool, from the method's parameters."""
 
 from __future__ import annotations
 
@@ -18,20 +18,25 @@ BASE = "model"  # what the base is called where it is the one model
 
 
 def stacked(config: RunConfig) -> PoolSettings:
-    """The pool as it is opened: with slices where the method stacks layers, else as it was configured.
+    """The pool as it is opened: with slices or a mixture where the method asks for it, else as it was configured.
 
     Raises:
         UserError: The pool has slices of its own, or neither an expert nor a base.
     """
     row, pool = find(config.method_name), config.pool
-    if not row.ranges:
+    if not row.ranges and not row.mixture:
         return pool
-    if pool.slices is not None:
+    if row.ranges and pool.slices is not None:
         raise UserError(f"{row.name} stacks the layers itself; leave pool.slices out, or choose method=passthrough")
     if not pool.experts and pool.base is None:
         raise UserError(f"{row.name} stacks the layers of one expert or of the base, and the pool has neither")
     if not pool.experts:
         pool = replace(pool, base=None, experts={BASE: str(pool.base)})
+    if row.mixture:
+        from harness.direct import tracked_place
+        from harness.upscale import mixed
+
+        return mixed(config, row, pool, tracked_place)
     return replace(pool, slices=_slices(row, config.method, next(iter(pool.experts))))
 
 

@@ -34,7 +34,6 @@ from harness.stacking import stacked
 from harness.track import local_path
 from harness.veneers import asked
 from methods.catalogue import find
-from methods.kinds import Kind
 
 SHUFFLE = 0  # seed of the order of pieces: the same in all trials, which are compared piece by piece
 
@@ -177,7 +176,7 @@ class Resident:
             veneers=asked(config),
         )
         key = (row.stats, repr(config.adaptation), config.seed, _place(config))
-        reusable = row.kind is Kind.informed and not row.layerwise  # those depend on what is merged before
+        reusable = bool(row.stats) and not row.layerwise  # those depend on what is merged before
         if reusable and key in self._stats:
             merge: Merge | None = Merge(
                 row, job.params, replace(job.inputs, stats=self._stats[key]), job.params_of, job.veneers

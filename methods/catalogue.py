@@ -182,13 +182,99 @@ _COMPRESSION = tuple(
     )
 )
 
+_PRUNES: dict[str, Any] = {"elementwise": False, "placed": True, "prunes": "methods.prune:is_pruned"}
+_PRUNES |= {"base": Base.unused, "members": "methods.prune:members"}
+_SPARSE_LOW_RANK: dict[str, Any] = {
+    "kind": Kind.compression, "function": "methods.sparse_low_rank:sparse_low_rank", "file": "sparse_low_rank",
+    "restore": "methods.sparse_low_rank:restore", "entries": "methods.sparse_low_rank:entries", "elementwise": False,
+    "placed": True, "members": "methods.prune:members",
+}  # fmt: skip
+_PRUNING = (
+    _row(
+        "prune_random", "baseline", file="prune", random=True, prepare="methods.prune:thresholds",
+        prepared="methods.prune:prepared", **_PRUNES,
+    ),
+    _row(
+        "prune_magnitude", "arXiv:1506.02626", file="prune", prepare="methods.prune:thresholds",
+        prepared="methods.prune:prepared", **_PRUNES,
+    ),
+    _row("wanda", "arXiv:2306.11695", Kind.informed, stats="gram", layerwise=True, data="inputs", **_PRUNES),
+    _row(
+        "moe_pruner", "arXiv:2410.12013", Kind.informed, file="wanda", function="methods.wanda:wanda", stats="routed",
+        data="inputs", **_PRUNES,
+    ),
+    _row("sparse_gpt", "arXiv:2301.00774", Kind.informed, stats="gram", layerwise=True, data="inputs", **_PRUNES),
+    _row("sparse_low_rank", "arXiv:2409.13652", **_SPARSE_LOW_RANK),
+    _row("sparse_low_rank_random", "FusionBench", random=True, **_SPARSE_LOW_RANK),
+    _row("sparse_low_rank_wanda", "FusionBench", stats="gram", data="inputs", **_SPARSE_LOW_RANK),
+    _row(
+        "expert_prune", "arXiv:2402.14800", base=Base.unused, n_experts=(0, 1), mixture="methods.expert_prune:mixture",
+        data="inputs, or texts",
+    ),
+)  # fmt: skip
+
+_LABELLED = "labelled inputs, head"
+_ASKS: dict[str, Any] = {"rule": "task_arithmetic"}  # finds its coefficients in its own way
 _LEARNT = (
-    _row("adamerging", "arXiv:2310.02575", Kind.search, rule="task_arithmetic", loss="entropy", data=_WITH_HEAD),
+    _row("adamerging", "arXiv:2310.02575", Kind.search, loss="entropy", data=_WITH_HEAD),
+    _row("adamerging_plus", "arXiv:2310.02575", Kind.search, "adamerging", loss="entropy", data=_WITH_HEAD),
+    _row("concrete_task_arithmetic", "arXiv:2312.06173", Kind.search, "concrete", loss="entropy", data=_WITH_HEAD),
+    _row("concrete_adamerging", "arXiv:2312.06173", Kind.search, "concrete", loss="entropy", data=_WITH_HEAD),
+    _row("concrete_tsv_m", "arXiv:2312.06173", Kind.search, "concrete", loss="entropy", data=_WITH_HEAD),
+    _row(
+        "safe_concrete_task_arithmetic", "arXiv:2410.13910", Kind.search, "safe_concrete", loss="entropy",
+        adversary="universal", data="unlabelled images, head",
+    ),
+    _row(
+        "safe_concrete_adamerging", "arXiv:2410.13910", Kind.search, "safe_concrete", loss="entropy",
+        adversary="universal", data="unlabelled images, head",
+    ),
+    _row(
+        "awm", "arXiv:2207.04497", Kind.search, loss="labels", adversary="universal", all_tasks=True,
+        data="labelled images of all tasks, head",
+    ),
+    _row(
+        "sau", "arXiv:2307.10562", Kind.search, loss="labels", adversary="shared", all_tasks=True,
+        data="labelled images of all tasks, head",
+    ),
+    _row("ada_rank", "arXiv:2503.22178", Kind.search, loss="entropy", data=_WITH_HEAD),
+    _row("fw_merging", "arXiv:2503.12649", Kind.search, loss="labels", whole=True, data=_LABELLED, **_ASKS),
+    _row("gossip", "FusionBench", Kind.search, loss="entropy", data=_WITH_HEAD, ordered=True, **_ASKS),
+    _row(
+        "lorahub", "arXiv:2307.13269", Kind.search, loss="labels", whole=True, data=_LABELLED, random=True,
+        n_experts=(2, None), fewest=5, **_ASKS,
+    ),
+    _row(
+        "expert_merging", "arXiv:2509.25712", Kind.search, loss="experts", whole=True, data=_WITH_HEAD, fewest=5,
+        **_ASKS,
+    ),
 )  # fmt: skip
 
 _BUILT = (
-    _row("simple_ensemble", "ensemble", Kind.build, base=Base.unused),
+    _row("simple_ensemble", "ensemble", Kind.build, "ensembles", base=Base.unused),
+    _row("weighted_ensemble", "ensemble", Kind.build, "ensembles", base=Base.unused, ordered=True),
+    _row("max_model_predictor", "FusionBench", Kind.build, "ensembles", base=Base.unused),
     _row("we_moe", "arXiv:2402.00433", Kind.build, loss="entropy", data=_WITH_HEAD),
+    _row("sparse_we_moe", "arXiv:2410.21804", Kind.build, loss="entropy", data=_WITH_HEAD),
+    _row("rankone_moe", "FusionBench", Kind.build, loss="entropy", data=_WITH_HEAD),
+    _row("pwe_moe", "arXiv:2406.09770", Kind.build, loss="labels", ordered=True, data="labelled inputs, head"),
+    _row("dawe", "FusionBench", Kind.build, loss="entropy", data=_WITH_HEAD),
+    _row("twin_merging", "arXiv:2406.15479", Kind.build, loss="own", data=_INPUTS),
+    _row("surgery", "arXiv:2402.02705", Kind.build, loss="own", data=_INPUTS),
+    _row("surgery_v2", "arXiv:2410.14389", Kind.build, "surgery", loss="own", data=_INPUTS),
+)  # fmt: skip
+
+_UPSCALED = (
+    _row("smile", "arXiv:2408.10174", Kind.build),
+    _row(
+        "moe_upscaling", "arXiv:2212.05055", base=Base.unused, n_experts=(0, 1),
+        mixture="methods.moe_upscaling:mixture",
+    ),
+    _row(
+        "moe_merging", "mergekit", base=Base.unused, ordered=True, file="moe_upscaling",
+        function="methods.moe_upscaling:moe_upscaling", mixture="methods.moe_upscaling:mixture",
+        data="inputs, or texts, where routers are made of them",
+    ),
 )  # fmt: skip
 
 FAMILIES: dict[str, tuple[Row, ...]] = {
@@ -201,8 +287,10 @@ FAMILIES: dict[str, tuple[Row, ...]] = {
     "one after the other": _FOLDS,
     "structure": _STRUCTURE,
     "compression of experts": _COMPRESSION,
+    "pruning": _PRUNING,
     "learnt coefficients": _LEARNT,
     "built modules": _BUILT,
+    "upscaling": _UPSCALED,
 }
 
 CATALOGUE: dict[str, Row] = {row.name: row for rows in FAMILIES.values() for row in rows}

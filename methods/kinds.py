@@ -4,7 +4,7 @@ A kind is a shape of function, so that the engine and the tests never ask for a 
 
     rule      f(base, experts, params, **extras) -> tensor          one tensor at a time
     informed  the same, with `stats` among the extras               Fisher, RegMean
-    search    f(shape, objective, params, report) -> coefficients     coefficients of another row's rule
+    search    f(stack, params) -> Search                              what is learnt, and the weights that come of it
     fold      f(base, params, roles) -> Fold                          one expert after the other
     build     f(base, experts, params, roles) -> module               a new module out of modules
     compression  f(base, experts, params, **extras) -> {part: tensor}, and `restore`, from these parts to one expert
@@ -59,6 +59,7 @@ class Place:
     n_layers: int = 0
     linear: bool = False  # the weight of a linear layer, (out, in)
     name: str = ""  # its own, to tell which tensors belong to one module
+    transposed: bool = False  # the weight of a linear layer, stored as (in, out), which `linear` leaves out
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,86 @@ class Pieces(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Stack:
+    """Base and task vectors as a search is given them; all by the tensors' names, float32, on one device.
+
+    What asks for `change`, `products` and `expert` alone may be given vectors that are in no memory.
+    """
+
+    base: dict[str, Tensor]  # (*shape), never changed
+    deltas: dict[str, Tensor]  # (T, *shape); a search may change them in place, or drop what it does not need
+    places: Mapping[str, Place]
+    seed: int = 0
+
+    @property
+    def n_experts(self) -> int:
+        """How many task vectors there are."""
+        return len(next(iter(self.deltas.values())))
+
+    @property
+    def device(self) -> Any:
+        """Where the tensors are."""
+        return next(iter(self.base.values())).device
+
+    def change(self, name: str, coefficients: Tensor) -> Tensor:
+        """sum_i c_i v_i, (*shape), of coefficients (T,)."""
+        return (coefficients @ self._rows(name)).reshape(self.base[name].shape)
+
+    def products(self, name: str, slope: Tensor) -> Tensor:
+        """Inner products of each task vector with a gradient (*shape), (T,)."""
+        return self._rows(name) @ slope.flatten()
+
+    def expert(self, name: str, index: int) -> Tensor:
+        """A tensor of one expert, (*shape)."""
+        return self.base[name] + self.deltas[name][index]
+
+    def _rows(self, name: str) -> Tensor:
+        """(T, n)."""
+        return self.deltas[name].reshape(len(self.deltas[name]), -1)
+
+
+class Search(Protocol):
+    """What is learnt of a merge, and the weights that come of it; called without a graph, gradients are its own matter.
+
+    Attributes:
+        learnt: What is learnt, by name; `pull` adds to the gradients in `.grad`, steps change the tensors in place.
+        steps: How many updates there are.
+        rates: What a learnt tensor's name begins with -> its learning rate.
+        groups: Names of what has coefficients of its own.
+    """
+
+    learnt: dict[str, Tensor]
+    steps: int
+    rates: dict[str, float]
+    groups: list[str]
+
+    @property
+    def coefficients(self) -> Tensor | None:
+        """Of the task vectors, (groups, T), where they are learnt or shown."""
+        ...
+
+    def begin(self, step: int, look: Callable[[], float]) -> None:
+        """Before a step; `look` runs a batch of its own with the weights as they are and pulls its gradients."""
+        ...
+
+    def weight(self, name: str) -> Tensor:
+        """A merged tensor, (*shape), in memory of its own."""
+        ...
+
+    def pull(self, name: str, slope: Tensor) -> None:
+        """Add what a merged tensor's gradient, (*shape), means for what is learnt."""
+        ...
+
+    def settle(self) -> None:
+        """After a step: bring what has moved back to where it may be."""
+        ...
+
+    def finish(self) -> None:
+        """After the last step: from now on `weight` gives the merged model."""
+        ...
+
+
 class Fold(Protocol):
     """A merge that takes the experts one after the other."""
 
@@ -120,6 +201,10 @@ class Roles(Protocol):
         """Whether the name is the weight of a linear layer, (out, in)."""
         ...
 
+    def is_transposed(self, name: str) -> bool:
+        """Whether the name is the weight of a linear layer, stored as (in, out)."""
+        ...
+
     def layer_of(self, name: str) -> int:
         """Depth: 0 for what comes before the first block, 1 to n for the blocks, n + 1 for what follows."""
         ...
@@ -141,7 +226,7 @@ class Row:
     base: Base = Base.needed
     n_experts: tuple[int, int | None] = (1, None)  # fewest and most experts
     ordered: bool = False  # the order of experts matters
-    random: bool = False  # draws random numbers
+    random: bool = False  # draws random numbers; a search with a `rule` is handed a `sampler` for them
     elementwise: bool = True  # a tensor may be cut into chunks of any size
     placed: bool = False  # is told where the tensor stands
     prepare: str = ""  # "methods.ties:thresholds": (pieces, params) -> numbers, (T, ...)
@@ -149,15 +234,24 @@ class Row:
     prepared: str = ""  # "methods.ties:prepared": params -> names of those that it reads once for the whole model
     unread: tuple[str, ...] = ()  # parameters that the prepare pass does not look at: what it found holds for any
     kept: str = ""  # "methods.ties:magnitudes": pieces -> what that pass is given as `kept` instead of walking anew
-    stats: str = ""  # "fisher", "gram", "gradient", "inputs" or "features": a name of harness.adapt.STATISTICS
+    stats: str = (
+        ""  # "fisher", "gram", "gradient", "inputs", "features" or "routed": a name of harness.adapt.STATISTICS
+    )
     layerwise: bool = False  # these are collected behind the layers that are merged already, one block after the other
     may_rest: bool = False  # may leave a whole tensor at the base, by its own rule
     ranges: str = ""  # "methods.depth_upscaling:ranges": params -> ranges of its one model's layers that are stacked
+    mixture: str = ""  # "methods.moe_upscaling:mixture": (params, names, seed) -> the mixture the pool makes of models
     members: str = ""  # "methods.expert:members": (params, names) -> names of the experts that are read
-    rule: str = ""  # a search's row whose coefficients it finds
+    rule: str = ""  # of a search that is f(shape, objective, params, report) -> coefficients: the row that has them
     learns: str = ""  # a compression's part that `steps` > 0 refine on unlabelled inputs
+    prunes: str = ""  # "methods.prune:is_pruned": (shape, place, params) -> whether a tensor gets zeros, to be counted
     restore: str = ""  # a compression's: (base, parts, expert's index, params, **extras) -> its tensor
+    entries: str = ""  # a compression's that is sparse: parts -> how many entries are not zero, and of how many
     loss: str = ""  # what is minimised on the inputs, by a search or by training what a build left trainable
+    whole: bool = False  # of a search with a `rule`: each loss is that of all examples, not of the next batch
+    adversary: str = ""  # "universal" or "shared": the perturbation of images that a search's loss is also taken under
+    all_tasks: bool = False  # is fed the inputs of every task, whatever the experts are called
+    fewest: int = 1  # examples of each task that it is fed; fewer are refused
     data: str = ""  # what must be fed besides weights, for listings
 
     def load(self) -> Callable[..., Any]:
@@ -167,6 +261,10 @@ class Row:
     def load_params(self) -> type:
         """The params dataclass."""
         return resolve(self.params)
+
+    def is_fed(self, params: Any) -> bool:
+        """Whether it looks at inputs of tasks: always, or as its parameters say."""
+        return bool(getattr(params, "from_tasks", self.data) or (self.learns and params.steps))
 
     def needs(self) -> str:
         """What a user must bring, in a few words."""

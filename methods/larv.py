@@ -76,7 +76,16 @@ def effective_rank(matrix: torch.Tensor) -> float:
     >>> round(effective_rank(torch.eye(3)), 6)
     3.0
     """
+    return entropy_rank(singular_squares(matrix))
+
+
+def singular_squares(matrix: torch.Tensor) -> torch.Tensor:
+    """Squared singular values, rising, (m, n) -> (min(m, n),) float64."""
     wide = matrix.double()
-    squares = torch.linalg.eigvalsh(wide @ wide.mT if len(wide) <= wide.shape[1] else wide.mT @ wide).clamp_(min=0)
+    return torch.linalg.eigvalsh(wide @ wide.mT if len(wide) <= wide.shape[1] else wide.mT @ wide).clamp_(min=0)
+
+
+def entropy_rank(squares: torch.Tensor) -> float:
+    """Effective rank from the squared singular values, (r,)."""
     shares = squares / squares.sum().clamp(min=_LEAST)
     return float(torch.special.entr(shares).sum().exp())

@@ -14,6 +14,7 @@ class Choices:
     merge: Sequence[str] = ("*",)  # patterns of the tensors that are merged
     rest: str = "base"  # who gives the others: base, or an expert's name
     slices: Sequence[Mapping[str, Any]] | None = None  # layers stacked by ranges
+    mixture: Mapping[str, Any] | None = None  # models side by side in one mixture of experts: `pools.moe.mix`
     tokenizer: str = "same"  # same, base or union
     new_tokens: str = "owner"  # rows of tokens that a member lacks: owner, mean, base
     tokens: Mapping[str, str] = field(default_factory=dict)  # token -> rule or member's name

@@ -134,7 +134,9 @@ class LanguagePool:
             raise CheckpointError(f"{whose(expert)} has no head of a classifier; members that have one: {having}")
         head = self.heads[expert]
         weights = {name: own_float(head, name) for name in head}
-        return replace_head(module, self.frame.skeleton(_n_labels(head)), weights)
+        for part in module.headed() if hasattr(module, "headed") else (module,):  # several are in an ensemble
+            replace_head(part, self.frame.skeleton(n_labels(head)), weights)
+        return module
 
     def feed(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:
         """Rows as the module's keyword inputs, padded on the right.
@@ -244,7 +246,7 @@ def own_float(tensors: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     return found
 
 
-def _n_labels(head: Tensors) -> int:
+def n_labels(head: Tensors) -> int:
     """Classes of a head: the rows of its last layer."""
     shapes = [shape for name, (shape, _) in specs_of(head).items() if _LAST.search(name)]
     if not shapes:

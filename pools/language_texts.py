@@ -56,13 +56,12 @@ class LanguageTexts:
         self._fits(length + max_new_tokens, f"a prompt with {max_new_tokens} new tokens")
         done = [_Stop(self._tokenizer, stop, length)] if stop else None
         with torch.no_grad(), quiet():
-            ids = module.generate(
-                **inputs.to(module.device), generation_config=self._greedy(max_new_tokens), stopping_criteria=done
-            )
+            how = self._greedy(module, max_new_tokens)
+            ids = module.generate(**inputs.to(module.device), generation_config=how, stopping_criteria=done)
         texts = self._tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)
         return [text.partition(stop)[0] if stop else text for text in texts]
 
-    def _greedy(self, max_new_tokens: int) -> Any:
+    def _greedy(self, module: Any, max_new_tokens: int) -> Any:
         """Settings of a greedy continuation: of the model's own, only which tokens begin and end a text."""
         from transformers import GenerationConfig
 
@@ -73,6 +72,7 @@ class LanguageTexts:
         if own["eos_token_id"] is None:
             own["eos_token_id"] = self._tokenizer.eos_token_id
         own |= {"pad_token_id": self._tokenizer.pad_token_id, "max_new_tokens": max_new_tokens}
+        own["use_cache"] = not getattr(module, "uncached", False)  # a mixture may look back at the tokens
         return GenerationConfig(do_sample=False, **{key: value for key, value in own.items() if value is not None})
 
     def _texts(self, rows: Sequence[Any]) -> dict[str, torch.Tensor]:

@@ -149,6 +149,16 @@ class ModuleRoles:
         return frozenset(path for path in paths if path in names)
 
 
+def block_of(name: str) -> str | None:
+    """Path of the block that a name is in; None for what is in none.
+
+    >>> block_of("encoder.layers.3.mlp.fc1.weight")
+    'encoder.layers.3'
+    """
+    match = _BLOCK.match(name)
+    return match and ".".join(part for part in match.groups() if part is not None)
+
+
 def depths(names: Iterable[str], in_order: bool = False) -> tuple[dict[str, int], int]:
     """Each name's depth, and the number of blocks.
 

@@ -20,7 +20,12 @@ if TYPE_CHECKING:
 
 Row = str | tuple[str, str] | tuple[str, int]  # a text; prompt and target; text and label
 
-METRICS = {"perplexity": "perplexity", "exact_match": "exact_match", "text_classification": "accuracy"}
+METRICS = {
+    "perplexity": "perplexity",
+    "exact_match": "exact_match",
+    "text_classification": "accuracy",
+    "preference": "accuracy",
+}
 
 
 class Rows:
@@ -94,6 +99,8 @@ class LanguageTask:
         prompt: str = "prompt",
         target: str = "target",
         label: str = "label",
+        chosen: str = "chosen",
+        rejected: str = "rejected",
         max_new_tokens: int = 32,
         stop: str | None = None,
         block: int | None = None,
@@ -113,6 +120,8 @@ class LanguageTask:
             prompt: Column of prompts.
             target: Column of right answers.
             label: Column of labels.
+            chosen: Column of the better texts of a preference task.
+            rejected: Column of the worse ones.
             max_new_tokens: Most tokens of an answer.
             stop: What ends an answer.
             block: Tokens seen at a time, at least 2.
@@ -129,6 +138,8 @@ class LanguageTask:
         self._label = label if kind == "text_classification" else None
         pairs = kind == "exact_match" or text is None
         self._texts = (prompt, target) if pairs or text is None else (text,)
+        if kind == "preference":
+            self._texts = (chosen, rejected)
         self._splits = Splits(name, path, splits, subset, root)
         used = [each for column in self._texts for each in names_in(column)]
         lacking = self._splits.lacking(used + ([self._label] if self._label else []))
@@ -142,6 +153,7 @@ class LanguageTask:
     def columns(self) -> Mapping[str, str]:
         """What a row has, in MLflow's words."""
         names = ("prompt", "target") if len(self._texts) == 2 else ("text",)
+        names = ("chosen", "rejected") if self.kind == "preference" else names
         return dict.fromkeys(names, "string") | ({"label": "long"} if self._label else {})
 
     def rows(self, split: str) -> Rows:

@@ -34,18 +34,26 @@ GATES = {
     "omegaconf": {"harness/compose", "harness/compose_section"},
     "yaml": {"harness/compose", "harness/serve", "harness/import_mergekit", "harness/mergekit_form"},
     "lightning": {  # execute makes the Fabric; the others are handed one
-        "harness/execute", "harness/run", "harness/make", "harness/keep", "harness/adapt", "harness/evaluate",
-        "harness/references", "harness/assess", "harness/suite",
+        "harness/adapt", "harness/analyse", "harness/analysis_lines", "harness/analysis_parts", "harness/assess",
+        "harness/distill", "harness/evaluate", "harness/execute", "harness/finetune", "harness/finetune_loop",
+        "harness/finetune_session", "harness/keep", "harness/learn", "harness/losses", "harness/make",
+        "harness/matching", "harness/objective", "harness/references", "harness/routed_inputs", "harness/run",
+        "harness/searching", "harness/suite", "harness/suite_lm", "harness/triggers",
     },
     "plotly": {"studies/plots"},
-    "matplotlib": {"harness/plots", "harness/record", "studies/plots", "tasks/glyphs", "tasks/photographs"},
+    "matplotlib": {
+        "harness/plots", "harness/analysis_plots", "harness/learning_plots", "harness/record", "studies/plots",
+        "tasks/glyphs", "tasks/photographs",
+    },
     "sklearn": {"tasks/draw", "tasks/photographs", "harness/suite"},
     "transformers": {"harness/mlmodel", "harness/suite", "harness/suite_lm", "harness/suite_lm_tokens"},
     "datasets": {"harness/suite", "harness/suite_lm"},
     "tokenizers": {"harness/suite", "harness/suite_lm_tokens", "pools/union_tokenizer"},
-    "peft": {"harness/suite_lm"},
+    "peft": {"harness/suite_lm", "harness/finetune_lora"},
     "rich": {"harness/listing"},
     "lm_eval": {"harness/lm_eval"},  # an optional extra
+    "cmaes": {"harness/sampler"},
+    "scipy": {"methods/pwe_moe"},  # linear programs
 }  # fmt: skip
 # Imported for what their owner, a requirement, hands out or raises.
 BROUGHT = {"pandas": "mlflow", "sqlalchemy": "mlflow", "tokenizers": "transformers"}

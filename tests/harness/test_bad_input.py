@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -15,6 +16,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from harness import cli
+from harness.checkpoint import FILE
+from tests.harness.learners import write_language
 
 TENSOR = "encoder.layers.1.mlp.fc1.weight"  # of an expert's file
 NAME = f"vision_model.{TENSOR}"  # as the pool calls it
@@ -180,6 +183,90 @@ def test_a_loss_that_is_no_number_is_a_matter_of_the_learning_rate(refused):
     said = refused("method=adamerging", "method.lr=1e30", "method.steps=5")
     assert "not a number" in said
     assert "a smaller lr than 1e+30 may help" in said
+
+
+# -- methods that are fed data -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["lorahub", "expert_merging"])
+def test_too_few_examples(refused, method):
+    said = refused(f"method={method}", "adaptation.examples=4", "experts=[red,blue]")
+    assert said == (
+        f"{method} learns from 5 examples of each task at least; red has 4, blue has 4: raise adaptation.examples, "
+        "choose another adaptation.split, or leave these experts out with experts=[...]\n"
+    )
+
+
+def test_a_task_without_unlabelled_data(refused):
+    for method in ("adamerging", "we_moe", "regmean"):
+        said = refused(f"method={method}", "~tasks.tasks.red.splits.validation", opens=False)
+        assert "adaptation.split=validation: task red has no such split; it has train, test" in said
+    said = refused("method=adamerging", "tasks.tasks.red.splits.validation='validation[:0]'")
+    assert "task red: its validation split 'validation[:0]' cannot be read" in said
+    assert "corresponds to no data" in said
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_writes_nothing(refused, tmp_path):
+    """What was saved before is left."""
+    kept = f"adaptation.checkpoint={tmp_path / 'kept'}", "adaptation.checkpoint_every=1"
+    for method, told in (("adamerging", ", with the coefficients ["), ("surgery", ";")):
+        output = tmp_path / method
+        said = refused(f"method={method}", "method.lr=1e30", "method.steps=9", f"output={output}", *kept)
+        assert f"the loss is not a number at step 1{told}" in said
+        assert "a smaller lr than 1e+30 may help" in said
+        assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+        assert len(torch.load(tmp_path / "kept" / FILE, weights_only=True)["history"]) == 1
+        shutil.rmtree(tmp_path / "kept")
+
+
+@pytest.mark.slow
+def test_an_architecture_without_the_modules_that_a_method_needs(refused, tmp_path):
+    write_language(tmp_path, "gpt2")
+    own = f"pool={tmp_path / 'work' / 'pool.yaml'}", f"tasks={tmp_path / 'work' / 'tasks.yaml'}"
+    said = refused("method=smile", *own)
+    assert said == "smile gives experts to linear layers (nn.Linear) of blocks, and this GPT2LMHeadModel has none\n"
+    said = refused("method=expert_prune", "experts=[words]", *own)
+    assert "gpt2" in said
+    assert "has no mixtures of experts (experts.N in a feed-forward block)" in said
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_method(refused, workplace, tmp_path):
+    kept, least = f"adaptation.checkpoint={tmp_path}", ("method.granularity=task", "method.steps=1")
+    workplace.run("method=adamerging", *least, *QUICK, "tracking.log_model=false", kept)
+    (file,) = tmp_path.iterdir()
+    before = file.read_bytes()
+    for method in ("we_moe", "lorahub", "ada_rank"):
+        said = refused(f"method={method}", "method.steps=1", kept, "adaptation.resume=true")
+        assert f"{file} is a checkpoint of another run: it has method 'adamerging', here '{method}'; params." in said
+    assert "a checkpoint is there; adaptation.resume=true goes on with it" in refused("method=we_moe", kept)
+    said = refused("method=adamerging", *least, kept, "adaptation.resume=true", "experts=[red,blue]")
+    assert "it has experts ['red', 'green', 'blue'], here ['red', 'blue']" in said
+    file.write_bytes(before[:-9])
+    assert "cannot be read as a checkpoint" in refused("method=adamerging", *least, kept, "adaptation.resume=true")
+    assert file.read_bytes() == before[:-9]
+
+
+def test_a_router_for_more_experts_than_there_are(refused, monkeypatch):
+    for given in ("pwe_moe method.preference", "weighted_ensemble method.weights"):
+        said = refused(*f"method={given}=[1,1,1,1]".split(), opens=False)
+        assert f"{given.split()[1]} lists 4 numbers for 3 experts" in said
+    monkeypatch.setattr("harness.make._refuse_non_finite", lambda inputs: pytest.fail("weights were read"))
+    said = refused("method=smile", "method.top_k=4")
+    assert said == "top_k=4 sends a token to more experts than there are, 3\n"
+
+
+@pytest.mark.slow
+def test_a_built_model_whose_recipe_names_more_experts_than_it_was_made_for(refused, workplace, tmp_path):
+    output = tmp_path / "built"
+    workplace.run("method=we_moe", "method.steps=1", *QUICK, "tracking.log_model=false", f"output={output}")
+    facts = json.loads((output / "recipe.json").read_text())
+    facts["recipe"]["experts"].append("fourth")
+    (output / "recipe.json").write_text(json.dumps(facts))
+    said = refused(f"model={output}", command="evaluate")
+    assert f"the tensors of {output} do not fit what its recipe builds" in said
+    assert "4 experts" in said
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")

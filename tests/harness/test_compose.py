@@ -197,7 +197,9 @@ def test_the_project_file_of_mlflow_has_the_same_defaults() -> None:
     points = yaml.safe_load((ROOT / "MLproject").read_text())["entry_points"]
     config = compose()
     names = {"method": config.method_name, "pool": config.pool_name, "tasks": config.tasks_name}
-    for point, expected in (("main", names), ("evaluate", names | {"method": "base"})):
+    data = {key: names[key] for key in ("pool", "tasks")}
+    every = {"main": names, "evaluate": names | {"method": "base"}, "finetune": data, "analyse": data}
+    for point, expected in every.items():
         assert {key: value["default"] for key, value in points[point]["parameters"].items()} == expected
 
 
@@ -319,6 +321,16 @@ def test_flat_has_every_leaf_by_its_dotted_key_and_the_choices_by_name(small) ->
 def test_a_fault_is_named_with_key_value_and_what_to_do(small, override: str, said: str) -> None:
     choice = [] if override.startswith("method=") else ["method=ties"]
     assert said in faults(small, *choice, override)
+
+
+def test_what_is_of_learning_fits_the_method(small) -> None:
+    assert "fabric.precision=16-mixed: adamerging learns" in faults(
+        small, "method=adamerging", "fabric.precision=16-mixed"
+    )
+    assert "adaptation.checkpoint is where learning is saved, and ties does not" in faults(
+        small, "method=ties", "adaptation.checkpoint=kept"
+    )
+    assert compose(["method=ties", "fabric.precision=16-mixed"]).fabric.precision == "16-mixed"
 
 
 def test_nuslerp_refuses_three_experts(small) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -21,9 +23,19 @@ def left_of(place) -> list[str]:
     return [line for line in shown.splitlines() if str(place.directory) in line]
 
 
-@pytest.mark.parametrize("method", ["fisher", "adamerging"])
+def routes_of(run_id: str) -> list[dict]:
+    """The table of routing statistics."""
+    import mlflow
+
+    place = mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path="routing.json")
+    found = json.loads(Path(place).read_text("utf-8"))
+    return [dict(zip(found["columns"], row, strict=True)) for row in found["data"]]
+
+
+@pytest.mark.parametrize("method", ["fisher", "adamerging", "we_moe"])
 def test_two_processes_give_the_metrics_of_one(workplace, method):
-    given = f"method={method}", *(("method.steps=3",) if method == "adamerging" else ()), *QUICK
+    """And routers are counted over both."""
+    given = f"method={method}", *(() if method == "fisher" else ("method.steps=3",)), *QUICK
     one = workplace.run(*given)
     before = set(workplace.runs())
     done = workplace.cli("run", *given, *TWO)
@@ -37,6 +49,10 @@ def test_two_processes_give_the_metrics_of_one(workplace, method):
         assert two.data.metrics[f"{score.task}/loss"] == pytest.approx(score.loss, abs=1e-5)
     for name, value in one.metrics.items():
         assert two.data.metrics[name] == pytest.approx(value, abs=1e-5)
+    if method == "we_moe":
+        rows, same = routes_of(one.run_id), routes_of(run_id)
+        assert rows
+        assert [{**row, "mean": pytest.approx(row["mean"], abs=1e-5)} for row in rows] == same
     assert done.stdout.count("look at it with") == 1
     assert left_of(workplace) == []
 

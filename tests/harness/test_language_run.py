@@ -151,7 +151,7 @@ def test_what_cannot_be_scored_is_refused_before_work(causal, overrides, message
 
 def test_a_method_that_is_fed_images_refuses_texts(causal):
     with pytest.raises(UserError, match=r"fed tasks of kind image_classification only, not words \(perplexity\), sums"):
-        causal.run("method=regmean", *QUICK)
+        causal.run("method=fisher", *QUICK)
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval, an optional extra, is not installed")

@@ -102,12 +102,6 @@ def test_similarity_is_square(n):
     assert len(figure.axes[0].get_yticklabels()) == n
 
 
-@pytest.mark.parametrize("n", [1, 15, 1000])
-def test_learning_curve(n):
-    shown = {text.get_text() for text in drawn(plots.learning_curve([1 / (step + 1) for step in range(n)]))}
-    assert {"step", "loss in nats"} <= shown
-
-
 def result(task: str, metric: str, value: float, expert: float | None, base: float | None = None) -> dict:
     from harness.report import share
 

@@ -20,6 +20,7 @@ from harness import cli
 from harness.assess import summarise
 from harness.bench import open_bench
 from harness.compose import compose, flat, from_yaml
+from harness.config import UserError
 from harness.evaluate import TaskScore
 from harness.rebuild import open_directory
 from harness.references import References
@@ -104,6 +105,10 @@ def check_artifacts(outcome, row) -> None:
         assert "coefficients.json" in files
         for task in TASKS:
             assert len(mlflow.MlflowClient().get_metric_history(outcome.run_id, f"coefficient/{task}")) == 3
+    if row.name == "we_moe":
+        pictures.add("plots/routing.png")
+        routes = json.loads(files["routing.json"].read_text("utf-8"))
+        assert routes["columns"] == ["task", "expert", "mean", "first", "examples", "router"]
     assert {name for name in files if name.endswith(".png")} == pictures
     for name in pictures:
         with Image.open(files[name]) as picture:
@@ -219,6 +224,31 @@ def test_an_earlier_run_is_repeated(workplace):
     assert again.scores == outcome.scores
     files = [(model_directory(each) / "model.safetensors").read_bytes() for each in (outcome, again)]
     assert files[0] == files[1]
+
+
+def test_a_models_preference_is_asked_for_when_it_is_used(workplace, tmp_path):
+    few = "evaluation.plots=false", "evaluation.references=false"
+    outcome = workplace.run("method=pwe_moe", "method.steps=8", "method.lr=0.1", f"output={tmp_path / 'traded'}", *few)
+    model = ["method=base", f"model={tmp_path / 'traded'}", "tracking.log_model=false", *few]
+
+    def losses(*given: str) -> list[float]:
+        return [score.loss for score in score_model(compose([*workplace.choices, *model, *given])).scores]
+
+    assert losses() == [score.loss for score in outcome.scores]
+    assert losses("evaluation.preference=[8,1,1]") != losses("evaluation.preference=[1,1,8]") != losses()
+    with pytest.raises(UserError, match=r"evaluation\.preference=\[1\.0\]: a preference is 3 numbers"):
+        losses("evaluation.preference=[1]")
+    served = mlflow.pyfunc.load_model(outcome.model_uri)
+    frame = pandas.DataFrame({"image": [Image.new("RGB", (28, 28), color) for color in ("red", "teal")]})
+    own = served.predict(frame, params={"task": "red"})
+    other = served.predict(frame, params={"task": "red", "preference": [8.0, 1.0, 1.0]})
+    assert not own.probabilities.equals(other.probabilities)
+    assert served.predict(frame, params={"task": "red"}).probabilities.equals(own.probabilities)
+
+
+def test_a_preference_is_refused_where_nothing_trades(workplace):
+    with pytest.raises(UserError, match=r"evaluation\.preference is of a model that was made before"):
+        workplace.run("method=ties", "evaluation.preference=[1,1,1]")
 
 
 def told(capsys, *arguments: str) -> str:

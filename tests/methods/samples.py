@@ -48,6 +48,9 @@ class SampleRoles:
     def is_linear(self, name: str) -> bool:
         return name.endswith(".weight") and name.split(".")[-2].rpartition("_")[2] in ("proj", "fc1", "fc2")
 
+    def is_transposed(self, name: str) -> bool:
+        return False
+
     def layer_of(self, name: str) -> int:
         parts = name.split(".")
         return int(parts[1]) + 1 if parts[0] == "layers" else 0
@@ -117,6 +120,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "nan": ({"scope": "model"},),
     "metagpt": ({"scope": "tensor"},),
     "model_stock": ({"filter_wise": True},),
+    "prune_random": ({"scope": "model"}, {"n": 2, "m": 3}),
+    "prune_magnitude": ({"scope": "tensor", "density": 0.2}, {"scope": "model", "matrices": "all"}),
+    "wanda": ({"n": 1, "m": 3},),
+    "sparse_gpt": ({"n": 2}, {"scope": "row", "block": 3}),
     "slerp": ({"t": 0.2}, {"weights": [1.0, 2.0, 0.5]}),
     "nuslerp": ({"along": "last"}, {"along": "first", "weights": [0.4, 0.6]}),
     "karcher": ({"weights": [1.0, 2.0, 0.5]},),
@@ -138,15 +145,19 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "singular_projection": ({"part": "high", "null_space": False, "matrices": "all"},),
 }
 _TENSORS = (Kind.rule, Kind.informed, Kind.fold)
-SERVED = [row for row in CATALOGUE.values() if row.kind in _TENSORS and not row.ranges]  # names and shapes stay
+# Names and shapes stay.
+SERVED = [row for row in CATALOGUE.values() if row.kind in _TENSORS and not row.ranges and not row.mixture]
 FEW = {"steps": 12}  # of what a rule iterates, in the place of hundreds: the contract is the same, the wait is not
 
 
-def _few(row: Row) -> dict[str, Any]:
-    return FEW if any(each.name == "steps" for each in fields(row.load_params())) else {}
+def few(row: Row) -> dict[str, Any]:
+    """What makes a row quick, and fit for models that are no mixtures."""
+    known = {each.name: each.default for each in fields(row.load_params())}
+    blocks = {"matrices": "blocks"} if known.get("matrices") == "experts" else {}
+    return (FEW if "steps" in known else {}) | blocks
 
 
-CASES = [Case(row, {**_few(row), **params}) for row in SERVED for params in ({}, *VARIANTS.get(row.name, ()))]
+CASES = [Case(row, {**few(row), **params}) for row in SERVED for params in ({}, *VARIANTS.get(row.name, ()))]
 
 
 def _dressed(name: str, *around: str, **params: Any) -> Case:
@@ -230,12 +241,18 @@ def _features(state: State, generator: torch.Generator) -> State:
     return found | ({scale: torch.rand(state[scale].shape, generator=generator)} if scale in state else {})
 
 
+def _routed(state: State, generator: torch.Generator) -> State:
+    """Mean squares of each input."""
+    return {name: gram.diagonal().clone() for name, gram in _gram(state, generator).items()}
+
+
 STATS = {  # by what a row asks for in `stats`
     "fisher": _fisher,
     "gram": _gram,
     "gradient": _gradient,
     "inputs": _inputs,
     "features": _features,
+    "routed": _routed,
 }
 
 

@@ -2,76 +2,93 @@ import pytest
 import torch
 
 from harness.merge import MergeError, merge_state_dicts
-from methods.adamerging import AdamergingParams, adamerging
-from methods.catalogue import CATALOGUE
-
-TARGET = torch.tensor([[0.1, 0.9], [0.5, -0.2], [0.3, 0.3]])  # (groups, T)
-
-
-def quadratic(coefficients: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """A loss with its minimum at TARGET, and its gradient."""
-    away = coefficients - TARGET
-    return float(away.square().sum()), 2 * away
+from methods.adamerging import AdamergingParams, AdamergingPlusParams, adamerging, adamerging_plus
+from methods.kinds import Place, Stack
+from tests.methods.stacks import SHAPES, assert_slopes, searched, stack, targets
 
 
-def searched(objective=quadratic, **params) -> tuple[torch.Tensor, list[tuple[int, float, torch.Tensor]]]:
-    """The coefficients found, and what was reported."""
-    reports = []
-
-    def report(step: int, loss: float, coefficients: torch.Tensor) -> None:
-        reports.append((step, loss, coefficients))
-
-    return adamerging((3, 2), objective, AdamergingParams(**params), report), reports
+def tiny(*deltas: list[float]) -> Stack:
+    """One tensor, base zero."""
+    vectors = torch.tensor(deltas)
+    return Stack({"w": torch.zeros(vectors.shape[1:])}, {"w": vectors}, {"w": Place(1, 1, name="w")})
 
 
 def test_first_step_by_hand() -> None:
     """Adam's first step is the learning rate against the gradient's sign."""
-    found, _ = searched(steps=1, lr=0.01, scale=0.3)
-    expected = 0.3 - 0.01 * (0.3 - TARGET).sign()
-    expected[2] = 0.3  # no gradient there
-    torch.testing.assert_close(found, expected)
+    own = tiny([1.0, 0.0], [0.0, 1.0])
+    search = adamerging(own, AdamergingParams(steps=1, lr=0.01, scale=0.3))
+    assert search.weight("w").tolist() == pytest.approx([0.3, 0.3])
+    searched(search, {"w": torch.tensor([1.0, -1.0])})
+    assert search.coefficients[0].tolist() == pytest.approx([0.31, 0.29])
 
 
 def test_coefficients_reach_the_minimum() -> None:
-    found, reports = searched(steps=400, lr=0.02)
-    torch.testing.assert_close(found, TARGET, atol=1e-2, rtol=0)
-    assert quadratic(found)[0] < 1e-3 < reports[0][1]
+    own = stack()
+    wanted = targets(own)
+    losses = searched(adamerging(own, AdamergingParams(steps=400, lr=0.02)), wanted)
+    assert losses[-1] < 1e-3 < losses[0]
 
 
-def test_each_step_is_reported_with_the_coefficients_that_had_the_loss() -> None:
-    _, reports = searched(steps=5, scale=0.4)
-    assert [step for step, _, _ in reports] == [0, 1, 2, 3, 4]
-    assert torch.equal(reports[0][2], torch.full((3, 2), 0.4))
-    for _, loss, coefficients in reports:  # copies: later steps have not changed them
-        assert loss == quadratic(coefficients)[0]
-    losses = [loss for _, loss, _ in reports]
-    assert losses == sorted(losses, reverse=True)
+@pytest.mark.parametrize(
+    ("granularity", "groups"),
+    [
+        ("task", ["model"]),
+        ("layer", ["layer 0", "layer 1", "layer 2", "layer 3"]),
+        ("tensor", list(SHAPES)),
+    ],
+)
+def test_what_is_pulled_is_the_slope_of_the_loss(granularity: str, groups: list[str]) -> None:
+    own = stack()
+    search = adamerging(own, AdamergingParams(granularity))
+    assert search.groups == groups
+    assert search.coefficients.shape == (len(groups), 3)
+    assert_slopes(search, targets(own), ["coefficients"])
+
+
+def test_merged_weights_are_task_arithmetics() -> None:
+    own = stack()
+    search = adamerging(own, AdamergingParams(scale=0.3))
+    experts = {str(index): {name: own.base[name] + own.deltas[name][index] for name in SHAPES} for index in range(3)}
+    merged = merge_state_dicts(own.base, experts, "task_arithmetic", {"scale": 0.3})
+    for name in SHAPES:
+        torch.testing.assert_close(search.weight(name), merged[name])
+
+
+def test_copies_of_one_expert_whose_coefficients_sum_to_one_are_that_expert() -> None:
+    own = stack(1)
+    copies = Stack(
+        own.base, {name: deltas.expand(3, *deltas.shape[1:]) for name, deltas in own.deltas.items()}, own.places
+    )
+    search = adamerging(copies, AdamergingParams(scale=1 / 3))
+    for name in SHAPES:
+        torch.testing.assert_close(search.weight(name), own.base[name] + own.deltas[name][0])
 
 
 def test_clamped() -> None:
-    free, _ = searched(steps=300, lr=0.02)
-    held, _ = searched(steps=300, lr=0.02, clamp=True)
-    assert float(free.min()) < 0
-    assert float(held[1, 1]) == 0.0
-    torch.testing.assert_close(held[0], free[0], atol=1e-2, rtol=0)
+    own, wanted = tiny([1.0, 0.0], [0.0, 1.0]), {"w": torch.tensor([0.5, -0.5])}
+    free = adamerging(own, AdamergingParams(steps=200, lr=0.02))
+    held = adamerging(own, AdamergingParams(steps=200, lr=0.02, clamp=True))
+    searched(free, wanted)
+    searched(held, wanted)
+    assert free.coefficients[0].tolist() == pytest.approx([0.5, -0.5], abs=1e-2)
+    assert held.coefficients[0].tolist() == pytest.approx([0.5, 0.0], abs=1e-2)
 
 
-def test_a_loss_that_is_no_number_ends_the_search_with_its_step() -> None:
-    calls = iter([1.0, 0.5, float("nan")])
-
-    def objective(coefficients: torch.Tensor) -> tuple[float, torch.Tensor]:
-        return next(calls), torch.ones_like(coefficients)
-
-    with pytest.raises(FloatingPointError, match=r"not a number at step 2; a smaller lr than 0.001"):
-        searched(objective, steps=10)
+def test_plus_by_hand() -> None:
+    """Half of each is kept; where signs differ, the heavier one's is elected and the other says nothing."""
+    own = tiny([4.0, -3.0, 0.1, 0.2], [-1.0, 2.0, 0.0, 0.1])
+    search = adamerging_plus(own, AdamergingPlusParams(density=0.5))
+    assert own.deltas["w"].tolist() == [[4.0, -3.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    torch.testing.assert_close(search.weight("w"), torch.tensor([1.2, -0.9, 0.0, 0.0]))
 
 
-def test_the_row_names_the_rule_whose_coefficients_it_finds() -> None:
-    """The rule takes them: task arithmetic with scale one and the coefficients as weights."""
-    row = CATALOGUE["adamerging"]
-    base, experts = {"w": torch.zeros(2)}, {"a": {"w": torch.ones(2)}, "b": {"w": torch.tensor([1.0, 3.0])}}
-    merged = merge_state_dicts(base, experts, row.rule, {"scale": 1.0, "weights": TARGET[0].tolist()})
-    torch.testing.assert_close(merged["w"], torch.tensor([1.0, 2.8]))
+def test_plus_with_equal_coefficients_is_ties_with_the_sum() -> None:
+    own = stack()
+    experts = {str(index): {name: own.base[name] + own.deltas[name][index] for name in SHAPES} for index in range(3)}
+    merged = merge_state_dicts(own.base, experts, "ties", {"density": 0.4, "scale": 0.3, "disjoint": "sum"})
+    search = adamerging_plus(own, AdamergingPlusParams(density=0.4))
+    for name in SHAPES:
+        torch.testing.assert_close(search.weight(name), merged[name])
 
 
 def test_it_is_no_method_for_state_dicts() -> None:
@@ -82,7 +99,9 @@ def test_it_is_no_method_for_state_dicts() -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"granularity": "block"}, "granularity is one of task, layer, tensor; got 'block'"),
+        ({"granularity": "block"}, "granularity is one of tensor, layer, task; got 'block'"),
+        ({"loss": "nothing"}, "loss is one of entropy, labels"),
+        ({"conflicts": "fight"}, "conflicts is one of sum, mgda"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"lr": float("inf")}, "lr must be a finite number"),
         ({"steps": 0}, "steps must be at least 1"),

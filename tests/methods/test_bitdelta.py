@@ -65,5 +65,5 @@ def test_scales_are_not_learnt_without_inputs() -> None:
 def test_params_are_checked() -> None:
     with pytest.raises(ValueError, match="steps must be at least 0"):
         BitdeltaParams(steps=-1)
-    with pytest.raises(ValueError, match="matrices is one of blocks, linear, all; got 'conv'"):
+    with pytest.raises(ValueError, match="matrices is one of blocks, linear, all, experts; got 'conv'"):
         BitdeltaParams(matrices="conv")

@@ -59,10 +59,11 @@ def test_facts_fit_the_kind(row: Row) -> None:
     low, high = row.n_experts
     assert low >= 0
     assert high is None or low <= high
-    assert bool(row.stats) == (row.kind is Kind.informed)
-    assert bool(row.rule) == (row.kind is Kind.search)
+    assert bool(row.stats) == (row.kind is Kind.informed) or row.entries, "a compression may choose entries by inputs"
+    assert not row.rule or row.kind is Kind.search
     assert row.kind is not Kind.fold or not row.elementwise
-    assert bool(row.data) == (row.kind in (Kind.informed, Kind.search) or bool(row.loss))
+    told = hasattr(row.load_params(), "from_tasks")  # some look at data only as their parameters say
+    assert bool(row.data) == (bool(row.stats) or row.kind is Kind.search or bool(row.loss) or told)
 
 
 @every_row

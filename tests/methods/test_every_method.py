@@ -45,7 +45,10 @@ def assert_same_bits(merged: State, expected: State) -> None:
 
 @every_case
 def test_copies_of_the_base_merge_to_the_base(case: Case) -> None:
+    """Where the method prunes, with everything kept."""
     base, _ = models()
+    if case.row.prunes:
+        case = dataclasses.replace(case, params={**case.params, "density": 1.0, "n": 0})
     copies = {name: {key: tensor.clone() for key, tensor in base.items()} for name in EXPERTS[: case.n_experts]}
     assert_close(merge_case(case, base, copies), base)
 
@@ -155,7 +158,7 @@ def test_chunked_equals_whole(case: Case, chunk: int, monkeypatch: pytest.Monkey
 @every_case
 def test_number_of_threads_is_irrelevant(case: Case) -> None:
     """On tensors large enough for torch to share out."""
-    shapes = {"fc1.weight": (48, 40), "embedding": (300, 257), "bias": (48,)}
+    shapes = {"layers.0.fc1.weight": (48, 40), "embedding": (300, 257), "bias": (48,)}
     base, experts = models(case.n_experts, shapes=shapes)
     before = torch.get_num_threads()
     try:
@@ -212,6 +215,8 @@ def test_any_shapes(case: Case, shapes: list[tuple[int, ...]], seed: int) -> Non
     named = {
         f"layers.{index}.fc1.{'weight' if len(shape) == 2 else 'bias'}": shape for index, shape in enumerate(shapes)
     }
+    if case.row.prunes:
+        named["layers.0.q_proj.weight"] = (4, 3)  # something to prune
     base, experts = models(case.n_experts, seed, shapes=named)
     merged = merge_case(case, base, experts)
     tensors = [tensor for state in [base, *experts.values()] for tensor in state.values()]

@@ -24,6 +24,9 @@ class Roles:
     def is_linear(self, name: str) -> bool:
         return name in self._linear
 
+    def is_transposed(self, name: str) -> bool:
+        return False
+
     def layer_of(self, name: str) -> int:
         return 0
 
