@@ -189,11 +189,13 @@ def _keep_built(module: nn.Module, keeper: Keeper, kind: str) -> nn.Module:
 
 def _write_built(module: nn.Module, keeper: Keeper, kind: str) -> nn.Module:
     config, pool = keeper.config, keeper.bench.pool
-    facts = recipe(config.method_name, config.method, list(pool.experts))
+    facts = recipe(config.method_name, config.method, list(pool.experts), module.merged_names)  # type: ignore[arg-type]
     if keeper.leads and config.output is not None:
         save_wrapped(Path(config.output), module, facts, pool)
     if keeper.leads and config.tracking.log_model:
-        keeper.tracked.log_model(lambda path: save_wrapped(path, module, facts, pool), keeper.facts(kind))
+        told = keeper.facts(kind) | ({"experts": list(pool.experts)} if hasattr(module, "of") else {})
+        told |= {"preference": list(pool.experts)} if hasattr(module, "preference") else {}
+        keeper.tracked.log_model(lambda path: save_wrapped(path, module, facts, pool), told)
     return module
 
 
@@ -204,6 +206,8 @@ def _record(done: Done, tracked: Run) -> None:
     tracked.metric("merge/bytes_written", done.bytes_written)
     tracked.metric("merge/bytes_per_s", (done.bytes_read + done.bytes_written) / max(sum(seconds.values()), 1e-9))
     tracked.metric("merge/rounding_error", done.rounding_error)
+    for name, value in done.zeros.metrics().items():
+        tracked.metric(name, value)
     for phase, value in seconds.items():
         tracked.metric(f"time/merge_{phase}_s", value)
 

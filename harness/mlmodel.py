@@ -135,7 +135,8 @@ def _signature(family: str, metadata: Mapping[str, Any]) -> ModelSignature | Non
     from mlflow.types.schema import AnyType, Array
 
     labels = Schema([ColSpec("string", "label"), ColSpec(Array(DataType.double), "probabilities")])
-    expert = [ParamSpec("expert", "string", default="")] if metadata.get("experts") else []  # which of those compressed
+    expert = [ParamSpec("expert", "string", default="")] if metadata.get("experts") else []  # which of those it holds
+    expert += [ParamSpec("preference", "double", default=[], shape=(-1,))] if metadata.get("preference") else []
     if family == "clip":  # zero-shot: the classes are parameters
         asked = [
             ParamSpec("task", "string", default=next(iter(metadata.get("tasks") or {}), "")),

@@ -49,7 +49,8 @@ class ZeroShot:
             model_input: A column `image`: encoded bytes (PNG, JPEG, ...), the same in base64, or PIL images.
             params: `task`, one of the tasks the model was scored on; or `classes`, and optionally `templates`
                 with `{}` for the class, as a task has them. `expert`: of compressed experts the one that answers, by
-                default the one of the task's name.
+                default the one of the task's name. `preference`: of a model that trades tasks for each other, a number
+                for each expert.
 
         Returns:
             A row for each image: `label`, and `probabilities` in the order of the classes.

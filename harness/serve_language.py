@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
-from harness.rebuild import open_directory
+from harness.rebuild import open_directory, prefer
 
 if TYPE_CHECKING:
     import pandas
@@ -41,20 +41,19 @@ def open_served(directory: Path, family: str, trust_remote_code: bool = False) -
 
 
 def chosen(module: Any, params: Mapping[str, Any], otherwise: str = "expert") -> Any:
-    """The module that answers: of compressed experts the one named.
+    """The module that answers: of compressed experts the one named, or what a build is for its task.
 
     Args:
         module: What was opened.
-        params: `expert` names one.
+        params: `expert` names one; `preference` is that of a model which trades tasks for each other.
         otherwise: The parameter that names it where `expert` does not.
 
     Raises:
-        ValueError: None is named, or one that is not there; or an expert is named of a single model.
+        ValueError: None is named, or one that is not there; or an expert is named of a single model; or as `prefer`.
     """
-    from harness.compress import Restored
-
+    prefer(module, list(params.get("preference") or []) or None)
     named = params.get("expert") or None
-    if isinstance(module, Restored):
+    if hasattr(module, "of"):
         return module.of(named or params.get(otherwise) or "")
     if named is not None:
         raise ValueError(f"this is a single model and holds no expert by name, got expert={named!r}; leave it out")

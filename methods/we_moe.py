@@ -1,7 +1,8 @@
 """WE-MoE: task arithmetic everywhere but in the feed-forward blocks, whose weights a router mixes for each input.
 
 Source: Tang et al. 2024, arXiv:2402.00433, equations 5 to 8 and Algorithm 1.
-Differs: nothing; routing is per example, where FusionBench mixes one set of weights for the whole batch.
+Differs: routing is per example, where FusionBench mixes one set of weights for the whole batch; padding does not count;
+in a causal block, which the paper does not have, the gates of a token average over the tokens up to it.
 Formula: base + sum_i gate_i(x) delta_i in feed-forward blocks, base + scale * sum_i delta_i elsewhere
 Cost: T + 1 copies of the feed-forward blocks in memory; each training step a forward and backward pass
 """
@@ -14,10 +15,9 @@ from typing import TYPE_CHECKING
 
 from methods.lazy import torch
 from methods.parameters import Params, at_least, positive, tunable
-from methods.primitives import add_up, average
 
 if TYPE_CHECKING:
-    from methods.kinds import Roles
+    from methods.routed import Parts
 
 
 @dataclass(frozen=True)
@@ -38,36 +38,18 @@ class WeMoeParams(Params):
 
 
 def we_moe(
-    base: torch.nn.Module, experts: Sequence[torch.nn.Module], params: WeMoeParams, roles: Roles
+    base: torch.nn.Module, experts: Sequence[torch.nn.Module], params: WeMoeParams, roles: Parts
 ) -> torch.nn.Module:
     """The base module with merged weights and a router in each feed-forward block; only routers are trainable.
 
     Raises:
         ValueError: The architecture has no feed-forward blocks that the pool can name.
     """
-    from methods.mixtures import Routed
+    from methods.mixed_linear import Dense
+    from methods.routed import Routed, Router, network, route
 
-    blocks = roles.mlps()
-    if not blocks:
-        raise ValueError("we_moe mixes feed-forward blocks, and this architecture has none that the pool can name")
-    routed = {
-        path: Routed(base.get_submodule(path), [expert.get_submodule(path) for expert in experts], params)
-        for path in blocks
-    }
-    _merge_in_place(base, experts, params.scale)
-    for path, block in routed.items():
-        base.set_submodule(path, block)
-    return base
+    def entry(block, held, tokens, causal, masked, width):
+        net = network(width, len(experts), params.router_layers, params.scale)
+        return Routed(block, Router(net, len(experts)), held, tokens, causal, masked)
 
-
-@torch.no_grad()
-def _merge_in_place(base: torch.nn.Module, experts: Sequence[torch.nn.Module], scale: float) -> None:
-    """Task arithmetic on every parameter of the base, none trainable afterwards; floating buffers are averaged."""
-    theirs = [dict(expert.named_parameters()) for expert in experts]
-    for name, parameter in base.named_parameters():
-        deltas = torch.stack([parameters[name] - parameter for parameters in theirs])
-        parameter.add_(add_up(deltas), alpha=scale).requires_grad_(False)
-    statistics = [dict(expert.named_buffers()) for expert in experts]
-    for name, buffer in base.named_buffers():
-        if buffer.is_floating_point():
-            buffer.copy_(average(torch.stack([buffers[name] for buffers in statistics])))
+    return route(base, experts, roles, "we_moe", params.scale, Dense, entry)

@@ -104,11 +104,25 @@ def load_wrapped(directory: Path, rebuild: Rebuild) -> Wrapped:
     try:
         module.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"the tensors of {directory} do not fit what its recipe builds: {error}") from error
+        first = str(error).splitlines()[1:2]  # torch tells one fault a line, after a line of its own
+        raise CheckpointError(
+            f"the tensors of {directory} do not fit what its recipe builds, {recipe.get('method', 'a model')} of "
+            f"{len(recipe.get('experts', ()))} experts: {(first or [str(error)])[0].strip()}"
+        ) from error
+    _tie(module, aliases)
     hollow = [name for name, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
     if hollow:
         raise CheckpointError(f"{directory} has no values for {', '.join(hollow[:5])}")
     return Wrapped(module.eval(), pool, recipe)
+
+
+def _tie(module: nn.Module, aliases: Mapping[str, str]) -> None:
+    """Make parameters that are one tensor under several names one again, so that whatever changes one changes all."""
+    for alias, name in aliases.items():
+        outer, _, leaf = alias.rpartition(".")
+        owner = module.get_submodule(outer)
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = module.get_parameter(name)
 
 
 def _without_aliases(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -15,6 +15,8 @@ import transformers
 from PIL import Image
 
 from harness import track
+from harness.built import build
+from harness.rebuild import recipe
 from harness.serve import ZeroShot, decoded
 from methods.catalogue import find
 from pools.open import open_pool
@@ -177,10 +179,11 @@ def test_a_built_model_is_no_pickle_and_answers_the_same(logged, store, images, 
     pool = open_pool("clip", base, {"one": base, "two": base})
     row = find(method)
     torch.manual_seed(0)
-    module = row.load()(pool.module(), [pool.module(), pool.module()], row.load_params()(**params), pool.roles).eval()
-    recipe = {"method": method, "params": params, "experts": ["one", "two"]}
+    given = row.load_params()(**params)
+    module = build(row, given, pool, [name for name in pool.base if not pool.roles.is_buffer(name)]).eval()
+    told = recipe(method, given, ["one", "two"], module.merged_names)
     with track.open_run("crucible", method, {}, {}) as run:
-        run.log_model(lambda path: save_wrapped(path, module, recipe, pool), TASKS)
+        run.log_model(lambda path: save_wrapped(path, module, told, pool), TASKS)
     assert {each.suffix for each in run.model.directory.rglob("*") if each.is_file()} <= KNOWN
     assert "transformers" not in mlflow.models.get_model_info(run.model.uri).flavors
     answer = mlflow.pyfunc.load_model(run.model.uri).predict(pandas.DataFrame({"image": images}))

@@ -4,16 +4,46 @@ import pytest
 import torch
 from torch import nn
 
-from methods.mixtures import Routed
+from methods.mixed_linear import Dense, Gates, MixedLinear
+from methods.mixtures import fix_gates
+from methods.routed import Tokens
 from methods.we_moe import WeMoeParams, we_moe
 from tests.methods.samples import SampleRoles
 
 
 class Roles(SampleRoles):
-    """One feed-forward block."""
+    """One feed-forward block, told by names of the module below."""
 
-    def mlps(self) -> tuple[str, ...]:
-        return ("block.mlp",)
+    experts = ("ant", "bee", "cat")
+    n_features = 3
+
+    @staticmethod
+    def features(module: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return module(**inputs)
+
+    def __init__(self, causal: bool = False) -> None:
+        self.causal = causal
+
+    def is_linear(self, name: str) -> bool:
+        return name in ("block.mlp.0.weight", "block.mlp.2.weight")
+
+    def is_transposed(self, name: str) -> bool:
+        return False
+
+    def is_merged(self, name: str) -> bool:
+        return not name.startswith("head.")
+
+    def is_causal(self, path: str) -> bool:
+        return self.causal
+
+    def feed_forwards(self) -> tuple[tuple[str, ...], ...]:
+        return (("block.mlp",),)
+
+    def points(self) -> tuple[str, ...]:
+        return ("block", "head")
+
+    def width_at(self, path: str) -> int:
+        return 4 if path == "block" else 3
 
 
 class Block(nn.Module):
@@ -69,22 +99,13 @@ def task_arithmetic(base: Model, experts: list[Model], scale: list[float]) -> Mo
     return merged
 
 
-def fix_gates(block: Routed, gates: list[float]) -> None:
-    """A router that answers the same for every input."""
-    last = block.router if isinstance(block.router, nn.Linear) else block.router[-1]
-    nn.init.zeros_(last.weight)
-    with torch.no_grad():
-        last.bias.copy_(torch.tensor(gates))
-
-
 def test_by_hand() -> None:
-    """A feed-forward block of one number: base 1, experts 2 and 4, gates 0.5 and 2 -> 1 + 0.5 * 1 + 2 * 3 = 7.5."""
-    one, *others = [nn.Sequential(nn.Linear(1, 1, bias=False)) for _ in range(3)]
-    for block, weight in zip([one, *others], (1.0, 2.0, 4.0), strict=True):
-        nn.init.constant_(block[0].weight, weight)
-    routed = Routed(one, others, WeMoeParams())
-    fix_gates(routed, [0.5, 2.0])
-    assert routed(torch.full((1, 1, 1), 2.0)).item() == pytest.approx(15.0)
+    """A layer of one number: base 1, experts 2 and 4, gates 0.5 and 2 -> 1 + 0.5 * 1 + 2 * 3 = 7.5, by all paths."""
+    held = Gates()
+    layer = MixedLinear(torch.ones(1, 1), None, Dense(torch.tensor([[[1.0]], [[3.0]]])), held)
+    for gates in (torch.tensor([0.5, 2.0]), torch.tensor([[0.5, 2.0]]), torch.tensor([[[0.5, 2.0]]])):
+        held.now = gates
+        assert layer(torch.full((1, 1, 1), 2.0)).item() == pytest.approx(15.0)
 
 
 @pytest.mark.parametrize("router_layers", [1, 2])
@@ -93,21 +114,21 @@ def test_fresh_routers_give_task_arithmetic(router_layers: int) -> None:
     module = built(base, experts, scale=0.4, router_layers=router_layers)
     expected = task_arithmetic(base, experts, [0.4] * 3)(INPUTS)
     torch.testing.assert_close(module(INPUTS), expected, atol=2e-2, rtol=1e-2)
-    fix_gates(module.block.mlp, [0.4] * 3)
+    fix_gates(module, [0.4] * 3)
     torch.testing.assert_close(module(INPUTS), expected)
 
 
 def test_gates_fixed_on_one_expert_give_its_feed_forward_block() -> None:
     base, experts = models()
     module = built(base, experts)
-    fix_gates(module.block.mlp, [0.0, 1.0, 0.0])
+    fix_gates(module, [0.0, 1.0, 0.0])
     torch.testing.assert_close(module.block.mlp(INPUTS), experts[1].block.mlp(INPUTS))
 
 
 def test_one_expert_and_gate_one_is_the_expert() -> None:
     base, experts = models(1)
     module = built(base, experts, scale=1.0)
-    fix_gates(module.block.mlp, [1.0])
+    fix_gates(module, [1.0])
     torch.testing.assert_close(module(INPUTS), experts[0](INPUTS))
 
 
@@ -120,8 +141,8 @@ def test_copies_of_the_base_are_the_base() -> None:
 def test_routing_is_per_example() -> None:
     base, experts = models()
     module = built(base, experts)
-    nn.init.normal_(module.block.mlp.router[0].weight)  # gates that differ between inputs
-    nn.init.normal_(module.block.mlp.router[-1].weight)
+    nn.init.normal_(module.block.mlp.router.net[0].weight)  # gates that differ between inputs
+    nn.init.normal_(module.block.mlp.router.net[-1].weight)
     gates = module.block.mlp.gates(INPUTS).detach()
     assert float((gates[0] - gates[1]).abs().max()) > 0.1
     whole = module(INPUTS)
@@ -173,8 +194,41 @@ def test_experts_are_untouched_and_floating_buffers_averaged() -> None:
 
 def test_an_architecture_without_feed_forward_blocks_is_refused() -> None:
     base, experts = models()
+
+    class Without(Roles):
+        def feed_forwards(self) -> tuple[tuple[str, ...], ...]:
+            return ()
+
+    class Norms(Roles):
+        def is_linear(self, name: str) -> bool:
+            return False
+
     with pytest.raises(ValueError, match="this architecture has none that the pool can name"):
-        we_moe(base, experts, WeMoeParams(), SampleRoles())
+        we_moe(base, experts, WeMoeParams(), Without())
+    with pytest.raises(ValueError, match=r"we_moe mixes linear layers, and block\.mlp\.0 is a Linear"):
+        we_moe(base, experts, WeMoeParams(), Norms())
+
+
+def test_padding_does_not_count_and_causal_gates_do_not_look_ahead() -> None:
+    """Gates 1, 2, 6 of three tokens, the last (or first) of which is padding."""
+    gates, tokens = torch.tensor([[[1.0], [2.0], [6.0]]]), Tokens()
+    assert tokens.average(gates, causal=False, masked=True).tolist() == [[3.0]]
+    assert tokens.average(gates, causal=True, masked=True).flatten().tolist() == [1.0, 1.5, 3.0]
+    tokens.see(nn.Identity(), (), {"attention_mask": torch.tensor([[1, 1, 0]])})
+    assert tokens.average(gates, causal=False, masked=True).tolist() == [[1.5]]
+    assert tokens.average(gates, causal=False, masked=False).tolist() == [[3.0]]
+    tokens.see(nn.Identity(), (), {"attention_mask": torch.tensor([[0, 1, 1]])})
+    assert tokens.average(gates, causal=True, masked=True).flatten().tolist() == [0.0, 2.0, 4.0]
+
+
+def test_a_causal_block_does_not_look_ahead() -> None:
+    base, experts = models()
+    module = we_moe(copy.deepcopy(base), experts, WeMoeParams(), Roles(causal=True))
+    nn.init.normal_(module.block.mlp.router.net[-1].weight)
+    changed = INPUTS.clone()
+    changed[:, 4:] = 0
+    torch.testing.assert_close(module.block.mlp(INPUTS)[:, :4], module.block.mlp(changed)[:, :4])
+    assert not torch.allclose(module.block.mlp(INPUTS)[:, 4:], module.block.mlp(changed)[:, 4:])
 
 
 def test_params_are_checked() -> None:
