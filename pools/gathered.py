@@ -61,14 +61,15 @@ class Gathered:
         self.texts: dict[str, str] = {}
         self.changes: dict[str, Any] = {}
         self._refused: set[str | None] = set()  # members of which nothing more need be said
-        self._vocabularies_told = False
+        self._vocabularies_told = self._mixed = False
         kept = self._accounted(classifiers)
         self._gone = {name: list(one.dropped) for name, one in kept.items()}
         self.members = self.originals = {name: one.tensors for name, one in kept.items()}
         self._unify()
         self._restack()
+        routers = self._mix()
         self.whole = self.members
-        self.around = Picked(self._rest() | self._head(), "what is not merged")
+        self.around = Picked(self._rest() | self._head() | routers, "what is not merged")
         self.dropped = {name or "base": tuple(dict.fromkeys(gone)) for name, gone in self._gone.items() if gone}
         self.copies = (*self.copies, *self._files())
 
@@ -101,7 +102,14 @@ class Gathered:
         config = {key: value for key, value in self.configs[self.first].items() if key != "_name_or_path"}
         owner = next(iter(self.heads), self.first)
         config |= {key: value for key, value in self.configs[owner].items() if key in _LABELS}
-        return config | self.changes
+        config |= self.changes
+        if not self._mixed:
+            return config
+        from pools.moe import DEFAULTS
+        from pools.moe_targets import config_of_mixture
+
+        wanted = DEFAULTS | dict(self.choices.mixture or {})
+        return config_of_mixture(config, len(wanted["experts"]), wanted["top_k"])
 
     def _accounted(self, classifiers: bool) -> dict[str | None, Kept]:
         """All members under the base's names, without what is no weight of theirs; heads of classifiers set aside."""
@@ -129,6 +137,10 @@ class Gathered:
         kept = {name: kept[name] for name in self.places}
         if classifiers:
             kept, self.heads = set_heads_aside(kept)
+            brought = _own_heads(kept, self.heads)
+            if brought and not self.heads:  # the base's configuration knows nothing of them
+                self.changes |= _labels(next(iter(brought.values())))
+            self.heads |= brought
             if not self.heads:
                 self.found.append("no member has the head of a classifier (score, classifier, classification_head)")
         self.notes += [note for one in kept.values() for note in one.notes]
@@ -183,6 +195,26 @@ class Gathered:
             self.changes |= layer_config_changes(config, [layer for _, layer in origins])
         except CheckpointError as error:
             self.found += str(error).splitlines()
+
+    def _mix(self) -> Parts:
+        """Put models side by side where a mixture is asked for; returns its routers."""
+        if self.choices.mixture is None or self.found:
+            return {}
+        from pools.moe import mix
+        from pools.thinned import thin
+
+        config = self.configs[self.first] | self.changes
+        try:
+            if "kept" in self.choices.mixture:
+                self.members, changes = thin(self.members, config, self.choices.mixture["kept"], self._gone)
+                self.changes |= changes
+                return {}
+            self.members, routers = mix(self.members, config, self.choices.mixture, self._gone)
+        except CheckpointError as error:
+            self.found += str(error).splitlines()
+            return {}
+        self._mixed = True
+        return routers
 
     def _rest(self) -> Parts:
         """Leave in the members what is merged; returns the rest."""
@@ -246,6 +278,22 @@ def _is_adapter(path: Path) -> bool:
     from pools.adapters import is_adapter
 
     return is_adapter(path)
+
+
+def _own_heads(kept: Mapping[str | None, Kept], known: Mapping[str | None, Tensors]) -> dict[str | None, Tensors]:
+    """Heads that adapters bring where the base has none."""
+    owned = {name: one.tensors for name, one in kept.items() if name not in known and getattr(one.tensors, "own", None)}
+    return {
+        name: Picked({told: (one.weights, key) for told, key in one.own.items()}, one.source)  # type: ignore[attr-defined]
+        for name, one in owned.items()
+    }
+
+
+def _labels(head: Tensors) -> dict[str, Any]:
+    """Of a head that no configuration describes: as many classes as the last of its matrices has rows."""
+    n = [spec.shape[0] for spec in specs_of(head).values() if len(spec.shape) == 2][-1]
+    names = [f"LABEL_{index}" for index in range(n)]
+    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 
 def _directory(path: Path) -> Path:
