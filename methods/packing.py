@@ -20,7 +20,7 @@ from methods.lazy import torch
 from methods.parameters import Params, one_of, word
 
 _DTYPES = ("float32", "float16", "bfloat16")
-_WORDS = ("blocks", "linear", "all")
+_WORDS = ("blocks", "linear", "all", "experts")
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,11 @@ def is_packed(shape: Sequence[int], place: Place, matrices: str) -> bool:
         shape: Of the tensor.
         place: Where it stands.
         matrices: `blocks` takes weights of linear layers within the blocks (anywhere, where there are no blocks),
-            `linear` those of all linear layers, `all` every two-dimensional tensor.
+            `linear` those of all linear layers, `all` every two-dimensional tensor, `experts` those of mixtures only.
     """
     if len(shape) != 2 or matrices == "all":
         return len(shape) == 2
+    if matrices == "experts":
+        return place.linear and "experts" in place.name.split(".")
     inside = matrices == "linear" or not place.n_layers or 1 <= place.layer <= place.n_layers
     return place.linear and inside

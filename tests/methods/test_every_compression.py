@@ -14,7 +14,7 @@ from harness.merge import Merge, merge_state_dicts
 from methods.catalogue import CATALOGUE
 from methods.kinds import Kind, Row
 from tests.methods import test_every_method as laws
-from tests.methods.samples import BUFFERS, EXPERTS, SHAPES, Case, SampleRoles, State, models
+from tests.methods.samples import BUFFERS, EXPERTS, SHAPES, Case, SampleRoles, State, models, stats_for
 
 ROWS = [row for row in CATALOGUE.values() if row.kind is Kind.compression]
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -23,6 +23,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "tsv_compress": ({"share": 0.5, "matrices": "conv"},),
     "bitdelta": ({"matrices": "all", "rows": True},),
     "randes": ({"matrices": "all", "scale": 1.0},),
+    "sparse_low_rank": ({"n": 1, "m": 3, "rank": 2}, {"solver": "pursuit"}),
+    "sparse_low_rank_random": ({"solver": "once", "steps": 2},),
+    "sparse_low_rank_wanda": ({"of": "weights"},),
 }
 CASES = [Case(row, {"expert": "bee", **own}) for row in ROWS for own in ({}, *VARIANTS[row.name])]
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
@@ -43,7 +46,14 @@ LAWS = (
 def packed(case: Case | Row, base: State, experts: dict[str, State], seed: int = 0, **params: Any) -> Packed:
     row = case if isinstance(case, Row) else case.row
     own = params if isinstance(case, Row) else {**case.params, "expert": None}
-    return pack(Merge(row, row.load_params()(**own), Inputs(base, experts, SampleRoles(), seed=seed)))
+    inputs = Inputs(base, experts, SampleRoles(), stats_for(row, experts), seed)
+    return pack(Merge(row, row.load_params()(**own), inputs))
+
+
+def merged(row: Row, base: State | None, experts: dict[str, State], params: dict[str, Any], **more: Any) -> State:
+    """One expert, packed and restored tensor by tensor."""
+    given = {"stats": stats_for(row, experts), "roles": SampleRoles(), **more}
+    return merge_state_dicts(base, experts, row.name, params, **given)
 
 
 def restored(row: Row, base: State, experts: dict[str, State], **params: Any) -> State:
@@ -74,8 +84,8 @@ def test_packed_and_restored_is_what_is_merged_for_that_expert(case: Case) -> No
     found = packed(case, base, experts, seed=3)
     for name in EXPERTS:
         params = {**case.params, "expert": name}
-        merged = merge_state_dicts(base, experts, case.row.name, params, seed=3, roles=SampleRoles())
-        laws.assert_same_bits(dict(Expert(found, base, SampleRoles(), name)), merged)
+        whole = merged(case.row, base, experts, params, seed=3)
+        laws.assert_same_bits(dict(Expert(found, base, SampleRoles(), name)), whole)
 
 
 @every_case
@@ -108,7 +118,10 @@ def test_bytes_and_bits_are_those_of_what_is_packed(case: Case) -> None:
     n = sum(tensor.numel() for name, tensor in base.items() if name not in BUFFERS)
     own = sum(tensor.nbytes for tensor in base.values())
     assert found.nbytes == nbytes
-    assert found.metrics() == {
+    told = found.metrics()
+    assert ("prune/sparsity" in told) == bool(case.row.entries)
+    told.pop("prune/sparsity", None)
+    assert told == {
         "compression/bytes": nbytes,
         "compression/bits_per_parameter": pytest.approx(8 * nbytes / (3 * n)),
         "compression/ratio": pytest.approx(3 * own / nbytes),
@@ -132,10 +145,10 @@ def test_buffers_are_each_experts_own(row: Row) -> None:
     assert f"embeddings.position_ids/{OWN}" not in found.tensors  # the same in all
     for name in EXPERTS:
         one = Expert(found, base, SampleRoles(), name)
-        merged = merge_state_dicts(base, experts, row.name, {"expert": name}, roles=SampleRoles())
+        whole = merged(row, base, experts, {"expert": name})
         for buffer in BUFFERS:
             assert torch.equal(one[buffer], experts[name][buffer])
-            assert torch.equal(merged[buffer], experts[name][buffer])
+            assert torch.equal(whole[buffer], experts[name][buffer])
 
 
 EXACT = {"emr": {}, "tall_mask": {}, "tsv_compress": {}, "randes": {"scale": 1.0}}
@@ -170,15 +183,15 @@ def test_more_experts_take_fewer_bits_each_or_as_many(row: Row) -> None:
 def test_bad_input_is_named(row: Row) -> None:
     base, experts = models()
     with pytest.raises(MergeError, match=f"{row.name} makes no single model: expert=NAME .* ant, bee, cat"):
-        merge_state_dicts(base, experts, row.name, roles=SampleRoles())
+        merged(row, base, experts, {})
     with pytest.raises(MergeError, match=r"got 'be'; did you mean bee\?"):
-        merge_state_dicts(base, experts, row.name, {"expert": "be"}, roles=SampleRoles())
+        merged(row, base, experts, {"expert": "be"})
     with pytest.raises(MergeError, match=f"{row.name} needs a base"):
-        merge_state_dicts(None, experts, row.name, {"expert": "bee"}, roles=SampleRoles())
+        merged(row, None, experts, {"expert": "bee"})
     with pytest.raises(ValueError, match="dtype is one of float32, float16, bfloat16; got 'int8'"):
         row.load_params()(dtype="int8")
     with pytest.raises(ValueError, match=r"lines cannot go around .* keeps the experts apart"):
-        merge_state_dicts(base, experts, row.name, {"expert": "bee"}, roles=SampleRoles(), veneers={"lines": {}})
+        merged(row, base, experts, {"expert": "bee"}, veneers={"lines": {}})
     with pytest.raises(ValueError, match="got 'dog'; there are ant, bee, cat"):
         Expert(packed(row, base, experts), base, SampleRoles(), "dog")
 
