@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, CLIPVisionModel
 
+from harness.finetune_loop import fit, one_cycle
 from tasks import draw
 from tasks.canvas import SIZE
 from tasks.export import write_tasks
@@ -107,7 +108,7 @@ class Alignment(lightning.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with a one-cycle rate."""
-        return _optimizer([list(self.model.parameters())], [self.recipe.base_rate], self.recipe.base_steps)
+        return one_cycle([list(self.model.parameters())], [self.recipe.base_rate], self.recipe.base_steps)
 
 
 class Tuning(lightning.LightningModule):
@@ -131,13 +132,7 @@ class Tuning(lightning.LightningModule):
         """AdamW with a one-cycle rate, which is lower outside the multilayer perceptrons."""
         inner = [weight for name, weight in self.tower.named_parameters() if ".mlp." in name]
         outer = [weight for name, weight in self.tower.named_parameters() if ".mlp." not in name]
-        return _optimizer([inner, outer], [self.rate, self.rate * self.recipe.calm], self.recipe.expert_steps)
-
-
-def _optimizer(groups: list[list[nn.Parameter]], rates: list[float], steps: int) -> OptimizerLRSchedulerConfig:
-    optimizer = torch.optim.AdamW([{"params": group} for group in groups], weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps=steps, pct_start=0.1)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return one_cycle([inner, outer], [self.rate, self.rate * self.recipe.calm], self.recipe.expert_steps)
 
 
 def embedded_text(model: CLIPModel, tokens: Tensor) -> Tensor:
@@ -204,18 +199,6 @@ def new_model(tokenizer: CLIPTokenizer, recipe: Recipe) -> CLIPModel:
     return model
 
 
-def _fit(module: lightning.LightningModule, batches: DataLoader) -> None:
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module.train(), batches)
-
-
 def train_base(tokenizer: CLIPTokenizer, recipe: Recipe, seed: int) -> CLIPModel:
     """Train the CLIP on the galleries of all tasks and their captions."""
     lightning.seed_everything(seed, verbose=False)
@@ -227,7 +210,7 @@ def train_base(tokenizer: CLIPTokenizer, recipe: Recipe, seed: int) -> CLIPModel
     pictures = Pictures(np.concatenate([rows.images for rows in shown]), labels)
     batches = pictures.batches(recipe.base_batch, recipe.base_steps, seed)
     ends = (torch.cat(prompts) == tokenizer.eos_token_id).int().argmax(-1)  # what follows the first end is padding
-    _fit(Alignment(model, torch.cat(prompts)[..., : int(ends.max()) + 1], recipe), batches)
+    fit(Alignment(model, torch.cat(prompts)[..., : int(ends.max()) + 1], recipe), batches)
     model.logit_scale.data.clamp_(max=float(np.log(recipe.hottest)))
     return model.eval()
 
@@ -239,7 +222,7 @@ def train_expert(base: CLIPModel, name: str, head: Tensor, recipe: Recipe, seed:
     rows = draw.split(name, "train", seed)
     batches = Pictures(rows.images, rows.labels).batches(recipe.expert_batch, recipe.expert_steps, seed)
     frame = deepcopy(base).requires_grad_(False)
-    _fit(Tuning(tower, frame, head, recipe, recipe.rates.get(name, recipe.expert_rate)), batches)
+    fit(Tuning(tower, frame, head, recipe, recipe.rates.get(name, recipe.expert_rate)), batches)
     return tower.eval()
 
 

@@ -17,12 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import lightning
 import numpy as np
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from harness.finetune_loop import fit, one_cycle
 from harness.suite_lm_tokens import CONTEXT, IGNORED, byte_tokenizer, encoded, padded, shuffled
 from tasks.mini_lm_text import QUESTIONS, TASKS, TEXTS, write_texts
 
@@ -59,31 +63,41 @@ class Recipe:
     adapter_rate: float = 8e-3
 
 
-def fit(model: nn.Module, parts: Sequence[tuple[list, int]], steps: int, rate: float, pad: int, seed: int) -> None:
-    """Train what requires a gradient: AdamW with a one-cycle rate.
+class Mixture(lightning.LightningModule):
+    """Training on several kinds of rows, some of each in every batch; the loss is the mean over the kinds."""
 
-    Args:
-        model: Called with `padded` rows; its parameters are changed in place.
-        parts: Encoded rows, and how many of them each batch has; the loss is the mean over the parts.
-        steps: Batches.
-        rate: The highest learning rate.
-        pad: The padding token.
-        seed: Decides the order of rows.
-    """
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
-    orders = [shuffled(len(rows), size, np.random.default_rng([seed, k])) for k, (rows, size) in enumerate(parts)]
-    model.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        for (rows, _), order in zip(parts, orders, strict=True):
-            batch = padded([rows[k] for k in next(order)], pad)
-            (model(**batch, use_cache=False).loss / len(parts)).backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
-    model.eval()
+    def __init__(
+        self, model: nn.Module, parts: Sequence[tuple[list, int]], steps: int, rate: float, pad: int, seed: int
+    ) -> None:
+        """Know what is trained, and how.
+
+        Args:
+            model: Called with `padded` rows; what requires a gradient is trained.
+            parts: Encoded rows, and how many of them each batch has.
+            steps: Batches.
+            rate: The highest learning rate.
+            pad: The padding token.
+            seed: Decides the order of rows.
+        """
+        super().__init__()
+        self.model, self._steps, self._rate, self._pad = model, steps, rate, pad
+        orders = [shuffled(len(rows), size, np.random.default_rng([seed, k])) for k, (rows, size) in enumerate(parts)]
+        self._parts = list(zip([rows for rows, _ in parts], orders, strict=True))
+
+    def training_step(self, batch: Any) -> torch.Tensor:
+        """The loss of the next rows."""
+        fed = [padded([rows[k] for k in next(order)], self._pad) for rows, order in self._parts]
+        return torch.stack([self.model(**inputs, use_cache=False).loss for inputs in fed]).mean()
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW with a one-cycle rate."""
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        return one_cycle([weights], [self._rate], self._steps)
+
+    def fit(self) -> None:
+        """Run the steps."""
+        fit(self, DataLoader(range(self._steps), batch_size=None))  # type: ignore[arg-type]
+        self.model.eval()
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, recipe: Recipe) -> LlamaForCausalLM:
@@ -120,7 +134,7 @@ def train_base(
     torch.manual_seed(seed)
     model = new_model(tokenizer, recipe)
     parts = list(zip(lessons(tokenizer, rows), (recipe.base_texts, recipe.base_questions), strict=True))
-    fit(model, parts, recipe.base_steps, recipe.base_rate, tokenizer.pad_token_id, seed)
+    Mixture(model, parts, recipe.base_steps, recipe.base_rate, tokenizer.pad_token_id, seed).fit()
     return model.bfloat16().float()
 
 
@@ -133,7 +147,7 @@ def train_expert(
     size = recipe.text_batch if name in TEXTS else recipe.question_batch
     kept = zip(lessons(tokenizer, rows), (recipe.kept_texts, recipe.kept_questions), strict=True)
     parts = [(encoded(tokenizer, rows[name], SEEN), size), *kept]
-    fit(start, parts, recipe.expert_steps[name], rate, tokenizer.pad_token_id, seed)
+    Mixture(start, parts, recipe.expert_steps[name], rate, tokenizer.pad_token_id, seed).fit()
 
 
 def adapted(base: LlamaForCausalLM, recipe: Recipe, seed: int) -> PeftModel:

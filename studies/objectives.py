@@ -12,6 +12,7 @@ from harness.config import RunConfig, closest
 METRICS = {  # of a kind of task
     "image_classification": "accuracy",
     "text_classification": "accuracy",
+    "preference": "accuracy",
     "perplexity": "perplexity",
     "exact_match": "exact_match",
 }

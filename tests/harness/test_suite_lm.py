@@ -139,6 +139,7 @@ def test_recorded_scores_are_what_the_weights_give(name: str) -> None:
         assert found == pytest.approx(recorded()[kind][name], rel=1e-3, abs=1.5 / 300 if name in QUESTIONS else 0)
 
 
+@pytest.mark.slow
 def test_a_tiny_suite_is_built_and_loads(tmp_path: Path, monkeypatch) -> None:
     from peft import PeftModel
     from transformers import LlamaForCausalLM
