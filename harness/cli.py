@@ -16,11 +16,29 @@ from typing import TYPE_CHECKING
 
 from harness.config import ROOT, UserError
 from harness.listing import choices_of, in_words, method_page, methods, print_groups, print_table
-from harness.usage import BENCHMARK, BUILD, EVALUATE, EXTRACT, IMPORT, LIST, MERGE, OVERRIDES, RUN, SHOW, STUDY, TOP
+from harness.usage import (
+    ANALYSE,
+    BENCHMARK,
+    BUILD,
+    EVALUATE,
+    EXTRACT,
+    FINETUNE,
+    IMPORT,
+    LIST,
+    MERGE,
+    OVERRIDES,
+    RUN,
+    SHOW,
+    STUDY,
+    TOP,
+)
 
 if TYPE_CHECKING:
     from harness.config import RunConfig
     from harness.run import Outcome
+
+
+COMPOSED = ("run", "merge", "evaluate", "study", "benchmark", "show", "finetune", "analyse")  # that take overrides
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,6 +97,21 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--config-dir", type=Path, metavar="DIR", help="a directory like conf/ with choices of your own"
         )
+    for name, command, about, examples in (
+        ("finetune", _finetune, "train an expert of a pool's base on one task", FINETUNE),
+        (
+            "analyse",
+            _analyse,
+            "look at the experts of a pool: likeness, conflicts, spectra, loss between them",
+            ANALYSE,
+        ),
+    ):
+        sub = add(name, command, about, f"{OVERRIDES}\n{examples}")
+        sub.set_defaults(from_run=None, from_config=None)
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
+        sub.add_argument(
+            "--config-dir", type=Path, metavar="DIR", help="a directory like conf/ with choices of your own"
+        )
     sub = add("extract-lora", _extract_lora, "make a LoRA adapter of what fine-tuning has changed", EXTRACT)
     sub.add_argument("--base", required=True, metavar="MODEL", help="hub id, path or MLflow URI")
     sub.add_argument("--tuned", required=True, metavar="MODEL", help="the fine-tuned model")
@@ -107,7 +140,7 @@ def _spelled(arguments: list[str]) -> list[str]:
     >>> _spelled(["run", "method=ties", "--method.density", "0.3", "--seed=1", "--from-run", "ab"])
     ['run', '--from-run', 'ab', 'method=ties', 'method.density=0.3', 'seed=1']
     """
-    if not arguments or arguments[0] not in ("run", "merge", "evaluate", "study", "benchmark", "show"):
+    if not arguments or arguments[0] not in COMPOSED:
         return arguments
     options, overrides = arguments[:1], list[str]()
     rest = iter(arguments[1:])
@@ -194,6 +227,31 @@ def _benchmark(given: argparse.Namespace) -> None:
 
     compose = functools.partial(_composed, given)
     print_table(("", ""), [*benchmark(given.overrides, compose, functools.partial(_studied, given))])
+
+
+def _finetune(given: argparse.Namespace) -> None:
+    from harness.compose_section import section, split_section
+    from harness.finetune_settings import SECTION, FinetuneSettings
+
+    own, others = split_section(given.overrides, SECTION, FinetuneSettings)
+    config = _composed(given, ["method=base", "evaluation.split=validation", *others])
+    settings = section(FinetuneSettings, SECTION, own, config_dir=given.config_dir)
+    from harness.finetune import finetune
+
+    if told := finetune(config, settings).told():  # nothing, in processes that do not record
+        print_table(("", ""), [*told])
+
+
+def _analyse(given: argparse.Namespace) -> None:
+    from harness.analysis_settings import SECTION, AnalysisSettings
+    from harness.compose_section import section, split_section
+
+    own, others = split_section(given.overrides, SECTION, AnalysisSettings)
+    config = _composed(given, ["evaluation.split=validation", *others])
+    settings = section(AnalysisSettings, SECTION, own, config_dir=given.config_dir)
+    from harness.analyse import analyse
+
+    print_table(("", ""), [*analyse(config, settings)])
 
 
 def _extract_lora(given: argparse.Namespace) -> None:

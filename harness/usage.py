@@ -79,6 +79,27 @@ examples:
   crucible benchmark methods=all pool=clip_vit_b32_ta8 tasks=clip_ta8 name=clip
 """
 
+FINETUNE = """\
+`finetune.KEY=value` is of the training (conf/finetune/default.yaml has every key) and may be given short, task=digits;
+the rest is of a run: its pool's base is trained, evaluation.split (here validation) is scored on the way.
+examples:
+  crucible finetune task=digits
+  crucible finetune task=digits finetune=lora lora.rank=4
+  crucible finetune pool=mini_lm tasks=mini_lm task=roman steps=400 output=roman_expert
+  crucible finetune task=digits checkpoints=DIR resume=true        go on after an interruption
+  crucible run +pool.experts.mine=runs:/ID/model                   merge the expert with others
+"""
+
+ANALYSE = """\
+`analyse.KEY=value` is of the analysis (conf/analyse/default.yaml has every key) and may be given short; the rest is of
+a run: losses are measured on evaluation.split, here validation.
+examples:
+  crucible analyse
+  crucible analyse parts=[cosine,signs,norms,spectra] tasks=none pool=my/pool.yaml
+  crucible analyse parts=[line] lines=[base:digits,digits:letters,base:sum] points=21
+  crucible analyse parts=[plane] plane=[digits,letters] evaluation.split=test
+"""
+
 LIST = """\
 examples:
   crucible list methods
