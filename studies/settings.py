@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.compose_section import section, split_section
-from harness.config import SPLITS, ConfigError, RunConfig
+from harness.config import SPLITS, ConfigError, RunConfig, hold
 from methods.parameters import at_least, one_of
 
 GRANULARITIES = ("global", "expert", "layer", "expert_layer")
@@ -53,7 +53,8 @@ class StudySettings:
     plots: bool
 
     def __post_init__(self) -> None:
-        checks: list[tuple[Callable[..., None], Any, Any, Any]] = [
+        knotless = self.knots is not None and self.coefficients not in ("layer", "expert_layer")
+        hold(
             (at_least, "trials", self.trials, 1),
             (at_least, "timeout_s", 1 if self.timeout_s is None else self.timeout_s, 0),
             (at_least, "workers", self.workers, 1),
@@ -64,23 +65,25 @@ class StudySettings:
             (at_least, "final_seeds", self.final_seeds, 0),
             (at_least, "bootstrap", self.bootstrap, 0),
             (at_least, "heartbeat_s", self.heartbeat_s, 1),
-        ]
-        if self.coefficients is not None:
-            checks.append((one_of, "coefficients", self.coefficients, GRANULARITIES))
-        refused = []
-        for hold, *arguments in checks:
-            try:
-                hold(*arguments)
-            except ValueError as error:
-                refused.append(str(error))
-        if self.knots is not None and self.coefficients not in ("layer", "expert_layer"):
-            refused.append("knots are of a curve over the depth: set study.coefficients=layer or expert_layer")
-        if self.resume and not self.name:
-            refused.append("resume goes on with a study by its name: give it as study.name=NAME")
-        if set(self.coefficient_range) != {"low", "high"}:
-            refused.append(f"coefficient_range has low and high, got {', '.join(self.coefficient_range) or 'nothing'}")
-        if refused:
-            raise ValueError("\n".join(refused))
+            (one_of, "coefficients", self.coefficients or "global", GRANULARITIES),
+            (_refuse, knotless, "knots are of a curve over the depth: set study.coefficients=layer or expert_layer"),
+            (
+                _refuse,
+                self.resume and not self.name,
+                "resume goes on with a study by its name: give it as study.name=NAME",
+            ),
+            (_low_and_high, self.coefficient_range),
+        )
+
+
+def _refuse(wrong: bool, why: str) -> None:
+    if wrong:
+        raise ValueError(why)
+
+
+def _low_and_high(given: dict[str, float]) -> None:
+    if set(given) != {"low", "high"}:
+        raise ValueError(f"coefficient_range has low and high, got {', '.join(given) or 'nothing'}")
 
 
 @dataclass(frozen=True)

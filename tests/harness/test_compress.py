@@ -126,7 +126,7 @@ print(json.dumps(seen))
 
 @pytest.mark.slow
 def test_a_fresh_process_restores_the_same(workplace):
-    methods = [row.name for row in CATALOGUE.values() if row.kind is Kind.compression]
+    methods = [row.name for row in CATALOGUE.values() if row.kind is Kind.compression and not row.data]
     places = [workplace.directory / f"packed_{method}" for method in methods]
     for method, place in zip(methods, places, strict=True):
         merge_only(compose([*workplace.choices, f"method={method}", f"output={place}", "seed=5"]))

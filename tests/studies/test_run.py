@@ -400,7 +400,8 @@ def postgresql_url(tmp_path) -> Iterator[str]:
     if not binaries:
         pytest.skip("PostgreSQL's server is not installed: apt install postgresql")
     data, port = Path(tempfile.mkdtemp(prefix="crucible-pg-")), free_port()
-    user = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
+    runuser = shutil.which("runuser", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    user = [runuser, "-u", "postgres", "--"] if runuser and os.getuid() == 0 else []
     if user:
         shutil.chown(data, "postgres")
     run = partial(subprocess.run, check=True, capture_output=True, cwd="/")

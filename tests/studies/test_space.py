@@ -138,7 +138,7 @@ def test_the_default_of_every_method_is_a_start() -> None:
         (["study.trials=0"], "trials must be at least 1"),
         (["study.trails=5"], "did you mean study.trials?"),
         (["study=nothing"], "no study is called 'nothing'"),
-        (["study.methods=[ties,daer]"], "did you mean dare?"),
+        (["study.methods=[ties,darre]"], "did you mean dare?"),
     ],
 )
 def test_what_is_refused_says_what_to_do(overrides: list[str], said: str) -> None:
