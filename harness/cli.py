@@ -330,11 +330,16 @@ def _show(given: argparse.Namespace) -> None:
 
 
 def _ranges(params: object) -> dict[str, str]:
-    """What to say of each parameter's search range."""
+    """What to say of each parameter: its search range, or the words that it takes."""
     import dataclasses
 
-    found = {field.name: in_words(field.metadata.get("range")) for field in dataclasses.fields(params)}  # type: ignore[arg-type]
-    return {name: f"searched {words}" for name, words in found.items() if words}
+    found = {}
+    for field in dataclasses.fields(params):  # type: ignore[arg-type]
+        if searched := in_words(field.metadata.get("range")):
+            found[field.name] = f"searched {searched}"
+        elif words := field.metadata.get("words"):
+            found[field.name] = f"one of {', '.join(words)}"
+    return found
 
 
 def _list(given: argparse.Namespace) -> None:

@@ -92,9 +92,17 @@ def parameters(cls: type) -> list[Parameter]:
     for owner in reversed(cls.__mro__[:-1]):
         meanings |= {name: said for name, said in _comments(owner).items() if said or name not in meanings}
     return [
-        Parameter(field.name, _default(field), in_words(field.metadata.get("range")), meanings.get(field.name, ""))
+        Parameter(field.name, _default(field), in_words(field.metadata.get("range")), _meaning(field, meanings))
         for field in dataclasses.fields(cls)
     ]
+
+
+def _meaning(field: dataclasses.Field[Any], meanings: Mapping[str, str]) -> str:
+    """What is said of a field, and the words that it takes where that does not name them."""
+    words, said = field.metadata.get("words", ()), meanings.get(field.name, "")
+    if all(re.search(rf"\b{word}\b", said) for word in words) or len(words) < 2:
+        return said
+    return "; ".join(filter(None, [said, f"one of {', '.join(words)}"]))
 
 
 def _comments(cls: type) -> dict[str, str]:

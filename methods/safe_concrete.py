@@ -34,14 +34,16 @@ from methods.parameters import word
 class SafeConcreteTaskArithmeticParams(Adversary, ConcreteTaskArithmeticParams):
     """Parameters of `safe_concrete_task_arithmetic`; also the schema of its file in conf/method."""
 
-    penalty: str = word("entropy", "agreement")  # under the trigger: of predictions, or with those without it
+    # the loss under the trigger: entropy of predictions, or (agreement) their cross-entropy with those made without it
+    penalty: str = word("entropy", "agreement")
 
 
 @dataclass(frozen=True)
 class SafeConcreteAdamergingParams(Adversary, ConcreteAdamergingParams):
     """Parameters of `safe_concrete_adamerging`; also the schema of conf/method/safe_concrete_adamerging.yaml."""
 
-    penalty: str = word("entropy", "agreement")  # under the trigger: of predictions, or with those without it
+    # the loss under the trigger: entropy of predictions, or (agreement) their cross-entropy with those made without it
+    penalty: str = word("entropy", "agreement")
 
 
 def safe_concrete_task_arithmetic(stack: Stack, params: SafeConcreteTaskArithmeticParams) -> Concrete:
