@@ -22,11 +22,12 @@ from harness.execute import FabricTeam
 from harness.finetune_loop import Curves, Training, fit, keeping, newest
 from harness.finetune_losses import Lessons, loss_of
 from harness.finetune_settings import FinetuneSettings
-from harness.finetune_write import Learnt, link, write_expert
+from harness.finetune_write import Learnt, write_expert
 from harness.keep import known_tasks, members
 from harness.learning_plots import learning_curve
 from harness.rebuild import open_directory
 from harness.track import DataInput, Run
+from pools.partial import linked
 
 UNTOLD = ("task", "checkpoints", "checkpoint_every", "resume", "validate_every")  # change nothing of what is learnt
 
@@ -229,7 +230,7 @@ def _kept(session: Session, learnt: Learnt) -> TaskScore:
         if output is not None or (config.tracking.log_model and not session.fabric.is_global_zero):
             write(output or Path())
         if config.tracking.log_model and session.fabric.is_global_zero:
-            tracked.log_model(write if output is None else lambda path: link(output, path), facts)
+            tracked.log_model(write if output is None else lambda path: linked(output, path), facts)
     return found[0] if found else session.score(learnt.module)
 
 

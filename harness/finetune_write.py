@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -52,18 +51,6 @@ def write_expert(learnt: Learnt, directory: Path) -> None:
             _write_language(learnt, partial)
         else:
             _save_adapter(learnt, partial)
-
-
-def link(source: Path, target: Path) -> None:
-    """The same files under another path; copies where the file system cannot link."""
-
-    def one(here: str, there: str) -> None:
-        try:
-            os.link(here, there)
-        except OSError:
-            shutil.copyfile(here, there)
-
-    shutil.copytree(source, target, copy_function=one)
 
 
 def _write_clip(learnt: Learnt, directory: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from methods.catalogue import find
 from pools.adapters import LoraExpert
 from pools.checkpoint import Checkpoint
 from pools.open import Pool
+from pools.partial import linked
 from pools.wrapped import save_wrapped
 
 
@@ -126,7 +125,7 @@ def _keep_written(job: Merge, keeper: Keeper, kind: str, hands: Crew, tick: Tick
     if output is not None:
         write(output)
     if config.tracking.log_model:
-        keeper.tracked.log_model(write if output is None else lambda path: _link(output, path), keeper.facts(kind))
+        keeper.tracked.log_model(write if output is None else lambda path: linked(output, path), keeper.facts(kind))
     return result[0]
 
 
@@ -167,18 +166,6 @@ def _with_adapter(job: Merge, keeper: Keeper) -> Merge:
 def _opened(directory: Path, job: Merge, pool: Pool) -> nn.Module:
     """The module of what was written: weights are read once, into it."""
     return pool.module(Checkpoint(directory, select=lambda names: {name: name for name in names if name in job.specs}))
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same files under another path; copies where the file system cannot link."""
-
-    def link(one: str, other: str) -> None:
-        try:
-            os.link(one, other)
-        except OSError:
-            shutil.copyfile(one, other)
-
-    shutil.copytree(source, target, copy_function=link)
 
 
 def _keep_built(module: nn.Module, keeper: Keeper, kind: str) -> nn.Module:

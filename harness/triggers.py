@@ -53,6 +53,10 @@ class Attacked(Losses):
         """
         super().__init__(fabric, tasks, batch_size, seed, params.loss)
         self._params = params
+        self._look(shells, stack)
+
+    def _look(self, shells: Shells, stack: Stack) -> None:
+        """Keep what is wanted of the weights as they are before anything is learnt: nothing."""
 
     def _parts(self, apart: bool, only: Container[str] | None) -> Iterator[Part]:
         for one in self._next():
@@ -104,18 +108,8 @@ class Shared(Attacked):
     as it is come to the same wrong answers.
     """
 
-    def __init__(
-        self,
-        fabric: Fabric,
-        tasks: Mapping[str, Examples | Texts],
-        batch_size: int,
-        seed: int,
-        shells: Shells,
-        stack: Stack,
-        params: Any,
-    ) -> None:
-        super().__init__(fabric, tasks, batch_size, seed, shells, stack, params)
-        self._before = shells.forward(merged(stack, params.scale))
+    def _look(self, shells: Shells, stack: Stack) -> None:
+        self._before = shells.forward(merged(stack, self._params.scale))
 
     def _hurt(
         self,

@@ -156,3 +156,15 @@ def _lives(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def linked(source: Path, target: Path) -> None:
+    """A directory's files under another path too; copies where the file system cannot link."""
+
+    def link(one: str, other: str) -> None:
+        try:
+            os.link(one, other)
+        except OSError:
+            shutil.copyfile(one, other)
+
+    shutil.copytree(source, target, copy_function=link)

@@ -47,7 +47,7 @@ FAMILIES = {  # kind of model: its pool's family, the class that transformers ma
 
 
 def write_language(root: Path, kind: str) -> dict[str, Any]:
-    """Base, two experts and their tasks; returns what a pool is given, and writes `root/work/{pool,tasks}.yaml`."""
+    """Base, two experts, their tasks; returns what a pool is given, and writes pool.yaml and tasks.yaml in `work`."""
     import datasets
 
     from tests.pools.language_models import write_model

@@ -7,6 +7,7 @@ from torch import nn
 from methods.low_rank_experts import Smile
 from methods.mixtures import fix_gates
 from methods.smile import SmileParams, smile
+from tests.methods.test_we_moe import models
 
 FULL = {"k": 128, "gate_k": 128}
 INPUTS = torch.randn(5, 7, 4, generator=torch.Generator().manual_seed(3))
@@ -33,18 +34,6 @@ class Model(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.head(self.block(tokens).mean(1))
-
-
-def models(n_experts: int = 3) -> tuple[Model, list[Model]]:
-    """A base and experts around it."""
-    torch.manual_seed(0)
-    base = Model()
-    experts = [copy.deepcopy(base) for _ in range(n_experts)]
-    with torch.no_grad():
-        for expert in experts:
-            for parameter in expert.parameters():
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    return base, experts
 
 
 class Roles:
@@ -105,26 +94,26 @@ def test_a_direction_that_no_expert_changes_routes_nothing() -> None:
 
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_copies_of_one_expert_are_that_expert(top_k: int) -> None:
-    base, experts = models()
+    base, experts = models(kind=Model)
     module = built(base, [experts[0]] * 3, top_k=top_k, average_rest=True, **FULL)
     module.head = experts[0].head  # comes after the blocks
     torch.testing.assert_close(module(INPUTS), experts[0](INPUTS), atol=1e-5, rtol=1e-5)
 
 
 def test_copies_of_the_base_are_the_base() -> None:
-    base, _ = models()
+    base, _ = models(kind=Model)
     assert torch.equal(built(base, [copy.deepcopy(base)] * 2)(INPUTS), base(INPUTS))
 
 
 def test_gates_fixed_on_one_expert_give_its_layer() -> None:
-    base, experts = models()
+    base, experts = models(kind=Model)
     layer = built(base, experts, **FULL).block.mlp[0]
     fix_gates(layer, [0.0, 1.0, 0.0])
     torch.testing.assert_close(layer(INPUTS), experts[1].block.mlp[0](INPUTS), atol=1e-5, rtol=1e-5)
 
 
 def test_the_rank_bounds_the_error() -> None:
-    base, experts = models(1)
+    base, experts = models(1, Model)
     change = experts[0].block.mlp[0].weight - base.block.mlp[0].weight
     for k in (1, 2, 3):
         layer = built(base, experts, k=k, gate_k=1).block.mlp[0]
@@ -134,7 +123,7 @@ def test_the_rank_bounds_the_error() -> None:
 
 def test_a_router_never_looks_at_all_directions() -> None:
     """On all of them a token is as long for every expert, and rounding would choose."""
-    base, experts = models()
+    base, experts = models(kind=Model)
     layer = built(base, experts, **FULL).block.mlp[0]
     gates = layer.gates(INPUTS)
     assert layer.router.gate_k == 2
@@ -142,7 +131,7 @@ def test_a_router_never_looks_at_all_directions() -> None:
 
 
 def test_routing_is_per_token() -> None:
-    base, experts = models()
+    base, experts = models(kind=Model)
     module = built(base, experts, gate_k=1)
     assert len({tuple(row) for row in module.block.mlp[0].gates(INPUTS).flatten(0, 1).tolist()}) > 1
     whole = module(INPUTS)
@@ -151,7 +140,7 @@ def test_routing_is_per_token() -> None:
 
 
 def test_nothing_is_trainable_and_only_blocks_have_experts() -> None:
-    base, experts = models()
+    base, experts = models(kind=Model)
     module = built(base, experts)
     assert not any(parameter.requires_grad for parameter in module.parameters())
     assert [path for path, one in module.named_modules() if isinstance(one, Smile)] == ["block.mlp.0", "block.mlp.2"]
@@ -162,7 +151,7 @@ def test_nothing_is_trainable_and_only_blocks_have_experts() -> None:
 
 def test_the_structure_is_built_without_weights() -> None:
     """As a model that was written is opened: shapes from skeletons, then the tensors."""
-    base, experts = models()
+    base, experts = models(kind=Model)
     made = built(base, experts, average_rest=True)
     with torch.device("meta"):
         hollow = smile(Model(), [Model() for _ in experts], SmileParams(average_rest=True), Roles())
@@ -175,7 +164,7 @@ def test_the_structure_is_built_without_weights() -> None:
 
 
 def test_bad_input() -> None:
-    base, experts = models(2)
+    base, experts = models(2, Model)
     with pytest.raises(ValueError, match="top_k=3 sends a token to more experts than there are, 2"):
         built(base, experts, top_k=3)
     with pytest.raises(ValueError, match=r"linear layers \(nn.Linear\) of blocks, and this LayerNorm has none"):

@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -74,10 +75,10 @@ class Model(nn.Module):
 INPUTS = torch.randn(5, 7, 4, generator=torch.Generator().manual_seed(3))
 
 
-def models(n_experts: int = 3) -> tuple[Model, list[Model]]:
+def models(n_experts: int = 3, kind: Any = Model) -> tuple[Any, list[Any]]:
     """A base and experts around it."""
     torch.manual_seed(0)
-    base = Model()
+    base = kind()
     experts = [copy.deepcopy(base) for _ in range(n_experts)]
     with torch.no_grad():
         for expert in experts:
